@@ -1,0 +1,52 @@
+package agent
+
+import (
+	"github.com/wanmig/wanmig/migrate"
+)
+
+// The local API is HTTP with JSON on a unix socket. Every path starts with /v1.
+// An error answer has a 4xx or 5xx status and the body {"error": "…"}.
+//
+//	GET    /v1/agent                  Info
+//	GET    /v1/sites                  []Site
+//	PUT    /v1/sites/{name}           Site → 204
+//	DELETE /v1/sites/{name}           → 204
+//	GET    /v1/sites/{name}/check     SiteCheck
+//	POST   /v1/moves                  migrate.Request → 201, migrate.Status
+//	GET    /v1/moves                  []migrate.Status, oldest first
+//	GET    /v1/moves/{id}             migrate.Status
+//	GET    /v1/moves/{id}/watch       a migrate.Status per line, now and at each change, until the move is final or in doubt
+//	POST   /v1/moves/{id}/cancel      → 202; 409 when it is too late
+
+// Info describes an agent.
+type Info struct {
+	ID      string `json:"id"`
+	Site    string `json:"site"`
+	Version string `json:"version"`
+	Listen  string `json:"listen"`
+	Libvirt string `json:"libvirt,omitempty"` // libvirt's version
+	QEMU    string `json:"qemu,omitempty"`
+	Problem string `json:"problem,omitempty"` // why libvirt can't be used, with the remedy
+}
+
+// Site is a peer: another data centre's agent.
+type Site struct {
+	Name    string `json:"name"`
+	Address string `json:"address"` // host:port, UDP
+	ID      string `json:"id"`
+}
+
+// SiteCheck is what `wanmig site check` found.
+type SiteCheck struct {
+	Site          string            `json:"site"`
+	Address       string            `json:"address"`
+	Reachable     bool              `json:"reachable"`
+	ID            string            `json:"id"`
+	PeerSite      string            `json:"peer_site,omitempty"` // what the peer calls itself
+	Version       string            `json:"version,omitempty"`
+	Libvirt       string            `json:"libvirt,omitempty"`
+	QEMU          string            `json:"qemu,omitempty"`
+	RTTMS         float64           `json:"rtt_ms,omitempty"`
+	ClockOffsetMS float64           `json:"clock_offset_ms,omitempty"` // the peer's clock minus ours
+	Findings      []migrate.Finding `json:"findings,omitempty"`
+}

@@ -1,0 +1,124 @@
+package migrate
+
+import "time"
+
+// Phase is where a move stands. The order is check, prepare, sync, handoff,
+// settle and then one of the final phases.
+type Phase string
+
+const (
+	PhaseCheck   Phase = "check"   // finding what would fail; nothing has moved
+	PhasePrepare Phase = "prepare" // the destination makes disks and an incoming domain
+	PhaseSync    Phase = "sync"    // disk mirror and memory pre-copy run concurrently
+	PhaseHandoff Phase = "handoff" // the guest is stopped: drain, load, resume
+	PhaseSettle  Phase = "settle"  // the guest runs at the destination; the source is cleared
+
+	PhaseDone       Phase = "done"        // final: the guest runs at the destination only
+	PhaseRolledBack Phase = "rolled-back" // final: the guest runs at the source only
+	PhaseInDoubt    Phase = "in-doubt"    // the destination has the decision and does not answer
+)
+
+// Final reports whether a move in this phase changes no more by itself.
+func (p Phase) Final() bool { return p == PhaseDone || p == PhaseRolledBack }
+
+// Request is what an operator asks of a move.
+type Request struct {
+	VM         string            `json:"vm"`                 // name or UUID of the domain
+	To         string            `json:"to"`                 // name of the site
+	Networks   map[string]string `json:"networks,omitempty"` // bridge or network here = there
+	Storage    map[string]string `json:"storage,omitempty"`  // disk target, path or folder here = path or folder there
+	KeepSource bool              `json:"keep_source,omitempty"`
+	Paused     bool              `json:"paused,omitempty"` // land paused
+	CopyCDROM  bool              `json:"copy_cdrom,omitempty"`
+	DryRun     bool              `json:"dry_run,omitempty"`
+}
+
+// Status is a move as an observer sees it, complete in itself at any moment.
+type Status struct {
+	Move     string     `json:"move"`
+	Role     string     `json:"role"` // "source" or "destination"
+	VM       string     `json:"vm"`
+	UUID     string     `json:"uuid,omitempty"`
+	Peer     string     `json:"peer"` // site name of the other side
+	Phase    Phase      `json:"phase"`
+	Started  time.Time  `json:"started"`
+	Ended    *time.Time `json:"ended,omitempty"`
+	Disks    []Disk     `json:"disks,omitempty"`
+	Memory   Memory     `json:"memory"`
+	Link     Link       `json:"link"`
+	ETAMS    int64      `json:"eta_ms,omitempty"` // 0: not known yet
+	Findings []Finding  `json:"findings,omitempty"`
+	Result   *Result    `json:"result,omitempty"` // set when the phase is final or in-doubt
+}
+
+// Disk is the progress of one disk, in bytes.
+type Disk struct {
+	Target  string `json:"target"`
+	Size    int64  `json:"size"`    // virtual size
+	Read    int64  `json:"read"`    // taken from the guest's disk by the mirror, holes included
+	Pending int64  `json:"pending"` // in the outbox
+	Spooled int64  `json:"spooled"` // the part of pending that lies in the spool file
+	Done    int64  `json:"done"`    // written at the destination, holes included
+	Wire    int64  `json:"wire"`    // sent, after reduction
+	Rate    int64  `json:"rate"`    // done per second
+	Problem string `json:"problem,omitempty"`
+}
+
+// Memory is the progress of the memory pre-copy, in bytes unless said otherwise.
+type Memory struct {
+	Size      int64 `json:"size"`
+	Remaining int64 `json:"remaining"`
+	Stream    int64 `json:"stream"` // of QEMU's stream, before reduction
+	Wire      int64 `json:"wire"`
+	Rate      int64 `json:"rate"`       // of the stream, per second
+	DirtyRate int64 `json:"dirty_rate"` // per second, as QEMU last measured it
+	Round     int   `json:"round"`      // pre-copy passes begun
+	Held      bool  `json:"held"`       // waiting for the disk backlog
+	Opaque    bool  `json:"opaque,omitempty"`
+}
+
+// Link is what the session to the peer has carried, in bytes of UDP payload.
+type Link struct {
+	Sent     uint64  `json:"sent"`
+	Received uint64  `json:"received"`
+	Rate     int64   `json:"rate"` // sent per second
+	RTTMS    float64 `json:"rtt_ms"`
+}
+
+// Finding is something the check phase found.
+type Finding struct {
+	Check   string `json:"check"`
+	Problem string `json:"problem"`
+	Remedy  string `json:"remedy"`
+	Fatal   bool   `json:"fatal"` // false: a notice, the move goes on
+}
+
+// Downtime splits the time that the guest did not run by what it was spent on.
+// The parts add up to the whole. All in milliseconds.
+type Downtime struct {
+	StopToTail  float64 `json:"stop_to_tail_ms"` // source: last dirty pages, device state, libvirt's Perform
+	Transfer    float64 `json:"transfer_ms"`     // half a round trip
+	DrainDisks  float64 `json:"drain_disks_ms"`  // destination: last blocks made durable
+	LoadState   float64 `json:"load_state_ms"`   // destination: QEMU loads the device state
+	Journal     float64 `json:"journal_ms"`      // destination: ownership made durable
+	FinishGuest float64 `json:"finish_ms"`       // destination: libvirt's Finish, until the guest runs
+}
+
+// Result is how a move ended: the one JSON object of `wanmig move --json`.
+type Result struct {
+	Result            string    `json:"result"` // done, rolled-back, refused, checked or in-doubt
+	Move              string    `json:"move"`
+	VM                string    `json:"vm"`
+	To                string    `json:"to"`
+	TotalMS           int64     `json:"total_ms"`
+	DowntimeMS        int64     `json:"downtime_ms"`
+	Downtime          Downtime  `json:"downtime"`
+	WireBytesSent     uint64    `json:"wire_bytes_sent"`
+	WireBytesReceived uint64    `json:"wire_bytes_received"`
+	DiskBytes         int64     `json:"disk_bytes"`   // disk content sent, before reduction
+	MemoryBytes       int64     `json:"memory_bytes"` // RAM stream sent, before reduction
+	MemoryRounds      int       `json:"memory_rounds"`
+	Notices           []string  `json:"notices,omitempty"`
+	Findings          []Finding `json:"findings,omitempty"`
+	Error             string    `json:"error"` // empty when the move did what was asked
+}
