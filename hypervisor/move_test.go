@@ -1,0 +1,424 @@
+//go:build lab
+
+package hypervisor
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+const guestXML = `<domain type='qemu'>
+  <name>NAME</name>
+  <memory unit='MiB'>64</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='pc-i440fx-7.2'>hvm</type></os>
+  <on_poweroff>destroy</on_poweroff>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/>
+      <source file='DIR/NAME.raw'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2'/>
+      <source file='DIR/NAME.qcow2'/>
+      <target dev='vdb' bus='virtio'/>
+    </disk>
+    <disk type='file' device='cdrom'>
+      <driver name='qemu' type='raw'/>
+      <source file='DIR/NAME.iso'/>
+      <target dev='hdc' bus='ide'/>
+      <readonly/>
+    </disk>
+    <memballoon model='none'/>
+  </devices>
+</domain>`
+
+const raw = 16 << 20
+
+// newGuest starts a guest that only runs its BIOS: enough for its disks, memory
+// and devices to move.
+func newGuest(t *testing.T, s *site, name string, persistent bool) *Domain {
+	t.Helper()
+	dir := filepath.Join(s.dir, "disks")
+	content := make([]byte, raw)
+	src := rand.NewChaCha8([32]byte{1})
+	_, _ = src.Read(content[:raw/2])
+	write(t, filepath.Join(dir, name+".raw"), string(content))
+	write(t, filepath.Join(dir, name+".iso"), strings.Repeat("cd", 1<<16))
+	base, top := filepath.Join(dir, name+".base"), filepath.Join(dir, name+".qcow2")
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", base, "32M")
+	tool(t, "qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 1M", base)
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", "-o", "cluster_size=128k", top)
+	tool(t, "qemu-io", "-f", "qcow2", "-c", "write -q -P 9 512k 1M", top)
+	file := filepath.Join(dir, name+".xml")
+	write(t, file, strings.NewReplacer("NAME", name, "DIR", dir).Replace(guestXML))
+	if persistent {
+		s.virsh(t, "define", file)
+		s.virsh(t, "start", name)
+	} else {
+		s.virsh(t, "create", file)
+	}
+	dom, err := s.host.Domain(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dom
+}
+
+// flight is a move between two sites, as far as it came.
+type flight struct {
+	src, dst  *site
+	dom       *Domain
+	out       *Outgoing
+	in        *Incoming
+	ram, nbd  *relay
+	sram, snb string
+	disks     []string
+}
+
+// prepare does everything up to Perform.
+func prepare(t *testing.T, src, dst *site, dom *Domain, persist, paused bool) *flight {
+	t.Helper()
+	ctx := t.Context()
+	f := &flight{src: src, dst: dst, dom: dom, disks: []string{"vda", "vdb"}}
+	changes := Changes{Disks: map[string]DiskChange{"hdc": {Drop: true}}}
+	for _, d := range dom.Disks {
+		if d.Device != "disk" {
+			continue
+		}
+		path := filepath.Join(dst.dir, "disks", filepath.Base(d.Path))
+		changes.Disks[d.Target] = DiskChange{Path: path, Type: "file"}
+		err := dst.host.CreateDisk(ctx, DiskSpec{Path: path, Format: d.Format, VirtualSize: d.VirtualSize, ClusterSize: d.ClusterSize})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	destXML, err := Rewrite(dom.XML, changes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var persistXML string
+	if persist {
+		if persistXML, err = Rewrite(dom.InactiveXML, changes); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.out, err = src.host.BeginOut(ctx, dom, OutOptions{DestXML: destXML, PersistXML: persistXML, Disks: f.disks, Persist: persist, Undefine: persist, Paused: paused})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.out.Close() })
+	dram, dnbd, err := dst.host.DestinationSockets(ctx, "m1", dom.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.in, err = dst.host.PrepareIn(ctx, InOptions{Name: dom.Name, XML: f.out.XML, PersistXML: persistXML, Cookie: f.out.Cookie,
+		RAMSocket: dram, NBDSocket: dnbd, Disks: f.disks, Persist: persist, Paused: paused})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.in.Close() })
+	f.sram, f.snb, err = src.host.SourceSockets(ctx, "m1", dom.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.ram = newRelay(t, listen(t, src, f.sram), dram)
+	f.nbd = newRelay(t, listen(t, src, f.snb), dnbd)
+	return f
+}
+
+func listen(t *testing.T, s *site, path string) net.Listener {
+	t.Helper()
+	l, err := s.host.Listen(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func (f *flight) perform(t *testing.T) []byte {
+	t.Helper()
+	cookie, err := f.out.Perform(within(t, time.Minute), f.in.Cookie, f.sram, f.snb)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cookie
+}
+
+func wantState(t *testing.T, s *site, name string, want State) {
+	t.Helper()
+	got, err := s.host.State(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != want {
+		t.Errorf("%s is %s, want %s", name, got, want)
+	}
+}
+
+func wantGone(t *testing.T, s *site, name string) {
+	t.Helper()
+	if got, err := s.host.State(t.Context(), name); !errors.Is(err, ErrNoDomain) {
+		t.Errorf("%s is %s, %v; want it gone", name, got, err)
+	}
+}
+
+// wantDisks compares what the guest's disks hold on both sites.
+func (f *flight) wantDisks(t *testing.T) {
+	t.Helper()
+	for _, d := range f.dom.Disks {
+		if d.Device != "disk" {
+			continue
+		}
+		to := filepath.Join(f.dst.dir, "disks", filepath.Base(d.Path))
+		tool(t, "qemu-img", "compare", "-U", "-f", d.Format, "-F", d.Format, d.Path, to)
+		out, err := exec.Command("qemu-img", "info", "-U", "-f", d.Format, to).Output()
+		if err != nil || bytes.Contains(out, []byte("backing")) {
+			t.Errorf("disk %s at the destination is not flat: %v\n%s", d.Target, err, out)
+		}
+	}
+}
+
+func TestMove(t *testing.T) {
+	src, dst := newSite(t, "amsterdam"), newSite(t, "boston")
+	for _, test := range []struct {
+		name                string
+		persistent, suspend bool
+	}{
+		{"transient", false, false},
+		{"persistent", true, false},
+		{"paused", true, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if test.suspend {
+				src.virsh(t, "list")
+			}
+			dom := newGuest(t, src, test.name, test.persistent)
+			if test.suspend {
+				if err := src.host.Suspend(t.Context(), dom.UUID); err != nil {
+					t.Fatal(err)
+				}
+			}
+			f := prepare(t, src, dst, dom, test.persistent, test.suspend)
+			cookie := f.perform(t)
+			wantState(t, src, dom.UUID, Paused)
+			stats, err := src.host.CompletedJobStats(t.Context(), dom.UUID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("%+v", stats)
+			if err := f.in.Finish(within(t, time.Minute), cookie, false); err != nil {
+				t.Fatal(err)
+			}
+			if err := f.out.Confirm(within(t, time.Minute), nil, false); err != nil {
+				t.Fatal(err)
+			}
+			wantGone(t, src, dom.UUID)
+			if test.suspend {
+				wantState(t, dst, dom.UUID, Paused)
+			} else {
+				wantState(t, dst, dom.UUID, Running)
+			}
+			f.wantDisks(t)
+			there, err := dst.host.Domain(t.Context(), dom.UUID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if there.Persistent != test.persistent {
+				t.Errorf("persistent at the destination: %v, want %v", there.Persistent, test.persistent)
+			}
+			for _, d := range there.Disks {
+				if d.Path != "" && !strings.HasPrefix(d.Path, dst.dir) {
+					t.Errorf("disk %s is %s", d.Target, d.Path)
+				}
+			}
+			if strings.Contains(there.InactiveXML, src.dir) {
+				t.Errorf("the definition names the source's folder:\n%s", there.InactiveXML)
+			}
+			if err := dst.host.Destroy(t.Context(), dom.UUID); err != nil {
+				t.Fatal(err)
+			}
+			if test.persistent {
+				if err := dst.host.Undefine(t.Context(), dom.UUID, true); err != nil {
+					t.Fatal(err)
+				}
+			}
+			wantGone(t, dst, dom.UUID)
+		})
+	}
+}
+
+// stalled prepares a move whose memory socket accepts and never reads.
+func stalled(t *testing.T, f *flight) {
+	t.Helper()
+	f.ram.close()
+	l := listen(t, f.src, f.sram)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer c.Close()
+		}
+	}()
+	t.Cleanup(func() { l.Close(); <-done })
+}
+
+func TestPerformCancelled(t *testing.T) {
+	src, dst := newSite(t, "amsterdam"), newSite(t, "boston")
+	dom := newGuest(t, src, "guest", true)
+	f := prepare(t, src, dst, dom, true, false)
+	stalled(t, f)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	why := errors.New("the operator said so")
+	go func() {
+		for ctx.Err() == nil {
+			s, err := src.host.JobStats(t.Context(), dom.UUID)
+			if err == nil && s.MemoryTotal > 0 {
+				cancel(why)
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}()
+	_, err := f.out.Perform(ctx, f.in.Cookie, f.sram, f.snb)
+	cancel(nil)
+	if !errors.Is(err, why) {
+		t.Fatalf("Perform: %v, want its context's cause", err)
+	}
+	t.Log(err)
+	wantState(t, src, dom.UUID, Running)
+	if err := f.in.Finish(within(t, time.Minute), nil, true); err != nil {
+		t.Fatal(err)
+	}
+	wantGone(t, dst, dom.UUID)
+	if err := f.out.Confirm(t.Context(), nil, true); err != nil {
+		t.Fatal(err)
+	}
+	again(t, f)
+}
+
+// again shows that nothing of a failed move stands in the way of the next.
+func again(t *testing.T, f *flight) {
+	t.Helper()
+	f.in.Close()
+	f.out.Close()
+	f.ram.close()
+	f.nbd.close()
+	for _, d := range f.dom.Disks {
+		if d.Device == "disk" {
+			if err := f.dst.host.RemoveDisk(t.Context(), filepath.Join(f.dst.dir, "disks", filepath.Base(d.Path))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	dom, err := f.src.host.Domain(t.Context(), f.dom.UUID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f = prepare(t, f.src, f.dst, dom, dom.Persistent, false)
+	cookie := f.perform(t)
+	if err := f.in.Finish(within(t, time.Minute), cookie, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.out.Confirm(within(t, time.Minute), nil, false); err != nil {
+		t.Fatal(err)
+	}
+	wantGone(t, f.src, dom.UUID)
+	wantState(t, f.dst, dom.UUID, Running)
+	f.wantDisks(t)
+}
+
+func TestConfirmCancelled(t *testing.T) {
+	src, dst := newSite(t, "amsterdam"), newSite(t, "boston")
+	dom := newGuest(t, src, "guest", true)
+	f := prepare(t, src, dst, dom, true, false)
+	f.perform(t)
+	wantState(t, src, dom.UUID, Paused)
+	if err := f.in.Finish(within(t, time.Minute), nil, true); err != nil {
+		t.Fatal(err)
+	}
+	wantGone(t, dst, dom.UUID)
+	if err := f.out.Confirm(within(t, time.Minute), nil, true); err != nil {
+		t.Fatal(err)
+	}
+	wantState(t, src, dom.UUID, Running)
+	again(t, f)
+}
+
+func TestConnectionsClosed(t *testing.T) {
+	src, dst := newSite(t, "amsterdam"), newSite(t, "boston")
+	dom := newGuest(t, src, "guest", false)
+	f := prepare(t, src, dst, dom, false, false)
+	f.perform(t)
+	f.out.Close()
+	f.in.Close()
+	eventually(t, "the end of the incoming domain", func() bool {
+		_, err := dst.host.State(t.Context(), dom.UUID)
+		return errors.Is(err, ErrNoDomain)
+	})
+	wantState(t, src, dom.UUID, Paused)
+	if err := f.out.Confirm(within(t, time.Minute), nil, true); !errors.Is(err, ErrNoAnswer) {
+		t.Errorf("Confirm on a closed connection: %v", err)
+	}
+	if err := src.host.Resume(t.Context(), dom.UUID); err != nil {
+		t.Fatal(err)
+	}
+	wantState(t, src, dom.UUID, Running)
+	again(t, f)
+}
+
+func TestRestartedLibvirtd(t *testing.T) {
+	src := newSite(t, "amsterdam")
+	dom := newGuest(t, src, "guest", true)
+	src.restart(t)
+	if _, err := src.host.Domain(t.Context(), dom.Name); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestWatch(t *testing.T) {
+	src := newSite(t, "amsterdam")
+	dom := newGuest(t, src, "guest", true)
+	events := make(chan Event, 100)
+	stop, err := src.host.Watch(t.Context(), dom.UUID, func(e Event) { events <- e })
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	for _, step := range []error{src.host.Suspend(ctx, dom.UUID), src.host.Resume(ctx, dom.UUID), src.host.Destroy(ctx, dom.UUID), src.host.Undefine(ctx, dom.UUID, true)} {
+		if step != nil {
+			t.Fatal(step)
+		}
+	}
+	for _, want := range []Event{{Kind: EventSuspended, Detail: "paused"}, {Kind: EventResumed, Detail: "unpaused"}, {Kind: EventStopped, Detail: "destroyed"}, {Kind: EventUndefined}} {
+		select {
+		case e := <-events:
+			if e.Kind != want.Kind || e.Detail != want.Detail || e.Time.IsZero() {
+				t.Errorf("event %+v, want %+v", e, want)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("no event %+v", want)
+		}
+	}
+	stop()
+	if len(events) != 0 {
+		t.Errorf("event after the stop: %+v", <-events)
+	}
+	if _, err := os.Stat(src.socket()); err != nil {
+		t.Fatal(err)
+	}
+}
