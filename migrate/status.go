@@ -104,6 +104,11 @@ type Downtime struct {
 	FinishGuest float64 `json:"finish_ms"`       // destination: libvirt's Finish, until the guest runs
 }
 
+// total is the whole downtime in milliseconds.
+func (d Downtime) total() int64 {
+	return int64(d.StopToTail + d.Transfer + d.DrainDisks + d.LoadState + d.Journal + d.FinishGuest + 0.5)
+}
+
 // Result is how a move ended: the one JSON object of `wanmig move --json`.
 type Result struct {
 	Result            string    `json:"result"` // done, rolled-back, refused, checked or in-doubt

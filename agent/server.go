@@ -1,0 +1,232 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/wanmig/wanmig/hypervisor"
+	"github.com/wanmig/wanmig/migrate"
+	"github.com/wanmig/wanmig/tunnel"
+)
+
+// maxBody bounds a request of the command.
+const maxBody = 1 << 20
+
+// routes is the local API; api.go lists it.
+func (a *agent) routes() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/agent", a.getAgent)
+	mux.HandleFunc("GET /v1/sites", a.getSites)
+	mux.HandleFunc("PUT /v1/sites/{name}", a.putSite)
+	mux.HandleFunc("DELETE /v1/sites/{name}", a.deleteSite)
+	mux.HandleFunc("GET /v1/sites/{name}/check", a.checkSite)
+	mux.HandleFunc("POST /v1/moves", a.postMove)
+	mux.HandleFunc("GET /v1/moves", a.getMoves)
+	mux.HandleFunc("GET /v1/moves/{id}", a.getMove)
+	mux.HandleFunc("GET /v1/moves/{id}/watch", a.watchMove)
+	mux.HandleFunc("POST /v1/moves/{id}/cancel", a.cancelMove)
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		fail(w, http.StatusNotFound, fmt.Errorf("%s %s is not in this agent's API (version %s): update the older of command and agent", r.Method, r.URL.Path, Version))
+	})
+	return mux
+}
+
+func reply(w http.ResponseWriter, status int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(body) // the command is gone: nobody to tell
+}
+
+func fail(w http.ResponseWriter, status int, err error) {
+	reply(w, status, map[string]string{"error": err.Error()})
+}
+
+// receive decodes a request's body.
+func receive(w http.ResponseWriter, r *http.Request, into any) bool {
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+	d.DisallowUnknownFields()
+	if err := d.Decode(into); err != nil {
+		fail(w, http.StatusBadRequest, fmt.Errorf("request: %w", err))
+		return false
+	}
+	return true
+}
+
+func (a *agent) getAgent(w http.ResponseWriter, r *http.Request) {
+	info := Info{ID: string(a.identity.ID()), Site: a.config.Site, Version: Version, Listen: a.endpoint.Addr().String()}
+	ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
+	defer cancel()
+	if host, err := a.host.Info(ctx); err != nil {
+		info.Problem = err.Error()
+	} else {
+		info.Libvirt, info.QEMU = host.LibvirtVersion, host.QEMUVersion
+	}
+	reply(w, http.StatusOK, info)
+}
+
+func (a *agent) getSites(w http.ResponseWriter, _ *http.Request) {
+	list := a.sites.all()
+	if list == nil {
+		list = []Site{}
+	}
+	reply(w, http.StatusOK, list)
+}
+
+func (a *agent) putSite(w http.ResponseWriter, r *http.Request) {
+	var site Site
+	if !receive(w, r, &site) {
+		return
+	}
+	if site.Name != r.PathValue("name") {
+		fail(w, http.StatusBadRequest, fmt.Errorf("the site's name differs from the path's"))
+		return
+	}
+	if err := a.sites.put(site, a.identity.ID()); err != nil {
+		fail(w, http.StatusBadRequest, err)
+		return
+	}
+	a.log.Info("site added", "site", site.Name, "address", site.Address, "id", site.ID)
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (a *agent) deleteSite(w http.ResponseWriter, r *http.Request) {
+	if err := a.sites.remove(r.PathValue("name")); err != nil {
+		fail(w, statusOf(err), err)
+		return
+	}
+	a.log.Info("site removed", "site", r.PathValue("name"))
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (a *agent) checkSite(w http.ResponseWriter, r *http.Request) {
+	site, err := a.sites.get(r.PathValue("name"))
+	if err != nil {
+		fail(w, statusOf(err), err)
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), 30*time.Second)
+	defer cancel()
+	c := SiteCheck{Site: site.Name, Address: site.Address, ID: site.ID}
+	probe, err := a.engine.Probe(ctx, site.Name)
+	if err != nil {
+		c.Findings = append(c.Findings, migrate.Finding{Check: "reachable", Problem: err.Error(), Remedy: reachRemedy(err), Fatal: true})
+		reply(w, http.StatusOK, c)
+		return
+	}
+	c.Reachable, c.PeerSite, c.Version, c.Libvirt, c.QEMU = true, probe.Site, probe.Version, probe.Libvirt, probe.QEMU
+	c.RTTMS = float64(probe.RTT.Microseconds()) / 1000
+	c.ClockOffsetMS = float64(probe.ClockOffset.Microseconds()) / 1000
+	c.Findings = append(c.Findings, probe.Findings...)
+	reply(w, http.StatusOK, c)
+}
+
+func reachRemedy(err error) string {
+	if errors.Is(err, tunnel.ErrUntrusted) {
+		return "compare wanmig id at both sites with wanmig site list at the other"
+	}
+	return "check that the agent runs there and that UDP passes to its port"
+}
+
+func (a *agent) postMove(w http.ResponseWriter, r *http.Request) {
+	var req migrate.Request
+	if !receive(w, r, &req) {
+		return
+	}
+	if _, err := a.sites.get(req.To); err != nil {
+		fail(w, http.StatusBadRequest, err)
+		return
+	}
+	m, err := a.engine.Start(a.ctx, req)
+	if err != nil {
+		status := http.StatusConflict
+		if errors.Is(err, hypervisor.ErrNoDomain) {
+			status = http.StatusNotFound
+		}
+		fail(w, status, err)
+		return
+	}
+	reply(w, http.StatusCreated, m.Status())
+}
+
+func (a *agent) getMoves(w http.ResponseWriter, _ *http.Request) {
+	list := []migrate.Status{}
+	for _, m := range a.engine.Moves() {
+		list = append(list, m.Status())
+	}
+	reply(w, http.StatusOK, list)
+}
+
+// move finds the move of a path, or answers that there is none.
+func (a *agent) move(w http.ResponseWriter, r *http.Request) (*migrate.Move, bool) {
+	m, ok := a.engine.Move(r.PathValue("id"))
+	if !ok {
+		fail(w, http.StatusNotFound, fmt.Errorf("no move %q here: wanmig list shows them", r.PathValue("id")))
+	}
+	return m, ok
+}
+
+func (a *agent) getMove(w http.ResponseWriter, r *http.Request) {
+	if m, ok := a.move(w, r); ok {
+		reply(w, http.StatusOK, m.Status())
+	}
+}
+
+// watchMove writes the status now and at each change, until the move is over.
+// A slow reader misses states in between, never the last one.
+func (a *agent) watchMove(w http.ResponseWriter, r *http.Request) {
+	m, ok := a.move(w, r)
+	if !ok {
+		return
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	flush := http.NewResponseController(w)
+	enc := json.NewEncoder(w)
+	for {
+		s, changed := m.Changed()
+		if err := enc.Encode(s); err != nil {
+			return
+		}
+		if err := flush.Flush(); err != nil {
+			return
+		}
+		if s.Result != nil && (s.Phase.Final() || s.Phase == migrate.PhaseInDoubt) {
+			return
+		}
+		select {
+		case <-m.Done():
+			if last, _ := m.Changed(); last.Ended == s.Ended {
+				return
+			}
+		case <-changed:
+		case <-r.Context().Done():
+			return
+		}
+	}
+}
+
+func (a *agent) cancelMove(w http.ResponseWriter, r *http.Request) {
+	m, ok := a.move(w, r)
+	if !ok {
+		return
+	}
+	if s := m.Status(); s.Phase.Final() {
+		fail(w, http.StatusConflict, fmt.Errorf("move %s is over: %s", s.Move, s.Phase))
+		return
+	}
+	if err := m.Cancel(migrate.ErrCancelled); err != nil {
+		fail(w, http.StatusConflict, err)
+		return
+	}
+	w.WriteHeader(http.StatusAccepted)
+}
+
+func statusOf(err error) int {
+	if errors.Is(err, errNoSite) {
+		return http.StatusNotFound
+	}
+	return http.StatusInternalServerError
+}

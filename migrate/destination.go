@@ -1,0 +1,193 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/wanmig/wanmig/handoff"
+	"github.com/wanmig/wanmig/hypervisor"
+	"github.com/wanmig/wanmig/tunnel"
+)
+
+// greetTimeout bounds how long a peer may take to say what it wants.
+const greetTimeout = 20 * time.Second
+
+// Serve answers one session of a peer until it ends.
+func (e *Engine) Serve(ctx context.Context, session *tunnel.Session) {
+	e.work.Add(1)
+	defer e.work.Done()
+	log := e.Log.With("peer", session.Peer(), "site", e.Known(session.Peer()), "address", session.RemoteAddr())
+	err := e.serve(ctx, session)
+	switch {
+	case err == nil || session.Err() != nil:
+		session.Close("served")
+	default:
+		log.Warn("session refused", "error", err)
+		session.Close(err.Error())
+	}
+}
+
+func (e *Engine) serve(ctx context.Context, session *tunnel.Session) error {
+	greetCtx, cancel := context.WithTimeout(ctx, greetTimeout)
+	defer cancel()
+	ch, err := session.Accept(greetCtx)
+	if err != nil {
+		return err
+	}
+	if ch.Name() != "control" {
+		return fmt.Errorf("the first channel is %q, not control", ch.Name())
+	}
+	ctl := &control{ch: ch}
+	var theirs hello
+	if err := ctl.expect(greetCtx, kindHello, &theirs); err != nil {
+		return err
+	}
+	if err := ctl.send(greetCtx, kindHello, e.hello(greetCtx)); err != nil {
+		return err
+	}
+	if theirs.Protocol != Protocol {
+		return fmt.Errorf("protocol %d, this agent speaks %d: install the same release on both", theirs.Protocol, Protocol)
+	}
+	cancel()
+	return e.converse(ctx, session, ctl)
+}
+
+// converse answers requests until the session ends, or until one of them makes
+// it the session of an arriving guest.
+func (e *Engine) converse(ctx context.Context, session *tunnel.Session, ctl *control) error {
+	for {
+		kind, body, err := ctl.recv(ctx)
+		if err != nil {
+			return err
+		}
+		switch kind {
+		case kindPing:
+			err = ctl.send(ctx, kindPong, ping{time.Now()})
+		case kindCheck:
+			var ask check
+			if err = decode(body, &ask); err == nil {
+				err = ask.validate()
+			}
+			if err == nil {
+				err = ctl.send(ctx, kindChecked, checked{e.checkIncoming(ctx, ask)})
+			}
+		case kindQuery:
+			var ask query
+			if err = decode(body, &ask); err == nil {
+				kind, answer := e.decision(ask.Move, session.Peer())
+				err = ctl.send(ctx, kind, answer)
+			}
+		case kindPrepare:
+			var ask prepare
+			if err = decode(body, &ask); err == nil {
+				err = ask.validate()
+			}
+			if err == nil {
+				return e.receive(ctx, session, ctl, ask)
+			}
+		default:
+			err = fmt.Errorf("control message %d is not known here: update this agent", kind)
+		}
+		if err != nil {
+			_ = ctl.send(ctx, kindRefused, reason{err.Error()})
+			return err
+		}
+	}
+}
+
+// decision answers a source that asks what became of its move.
+func (e *Engine) decision(move string, peer tunnel.ID) (kind byte, body any) {
+	e.mu.Lock()
+	in := e.incoming[move]
+	e.mu.Unlock()
+	if in != nil && in.entry.Peer == string(peer) {
+		return in.asked(), reason{"asked"}
+	}
+	entry, err := e.Journal.Get(move)
+	switch {
+	case errors.Is(err, handoff.ErrNoEntry) || err == nil && entry.Peer != string(peer):
+		return kindUnknown, reason{"no record of move " + move}
+	case err != nil:
+		return kindUndecided, reason{err.Error()}
+	}
+	switch entry.State {
+	case handoff.Running:
+		return kindRunning, running{}
+	case handoff.Aborted:
+		return kindAborted, reason{"the destination aborted the move"}
+	}
+	return kindUndecided, reason{"the move stands at " + string(entry.State) + " there: see wanmig status at the destination"}
+}
+
+// receive makes ready for a guest and stays with it until it runs or is discarded.
+func (e *Engine) receive(ctx context.Context, session *tunnel.Session, ctl *control, ask prepare) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	m := newMove(Status{Move: ask.Move, Role: "destination", VM: ask.Name, UUID: ask.UUID, Peer: e.Known(session.Peer()),
+		Phase: PhasePrepare, Started: time.Now()}, cancel)
+	defer close(m.done)
+	e.mu.Lock()
+	_, again := e.moves[ask.Move]
+	e.mu.Unlock()
+	if again {
+		return fmt.Errorf("move %s was here before: start a new one", ask.Move)
+	}
+	if err := e.claim(ask.UUID, m); err != nil {
+		_ = ctl.send(ctx, kindAborted, reason{err.Error()})
+		awaitEnd(session)
+		return err
+	}
+	defer e.release(ask.UUID, m)
+	in := &incoming{Engine: e, move: m, ask: ask, session: session, ctl: ctl, events: make(chan inEvent), durable: make(chan struct{}),
+		log: e.Log.With("move", ask.Move, "vm", ask.Name, "from", e.Known(session.Peer())),
+		entry: handoff.Entry{Move: ask.Move, VM: ask.Name, UUID: ask.UUID, Site: e.Known(session.Peer()),
+			Peer: string(session.Peer()), Started: m.Status().Started, Persistent: ask.Persist}}
+	e.mu.Lock()
+	e.incoming[ask.Move] = in
+	e.mu.Unlock()
+	defer func() {
+		e.mu.Lock()
+		delete(e.incoming, ask.Move)
+		e.mu.Unlock()
+	}()
+	in.run(ctx)
+	awaitEnd(session)
+	return nil
+}
+
+// awaitEnd lets the peer end the session, so that the last answer reaches it.
+func awaitEnd(session *tunnel.Session) {
+	select {
+	case <-session.Done():
+	case <-time.After(30 * time.Second):
+	}
+}
+
+// checkIncoming finds what would keep a guest from running here.
+func (e *Engine) checkIncoming(ctx context.Context, ask check) []Finding {
+	ctx, cancel := context.WithTimeout(ctx, 45*time.Second)
+	defer cancel()
+	spec := hypervisor.IncomingSpec{Name: ask.Name, UUID: ask.UUID, XML: ask.XML}
+	for _, d := range ask.Disks {
+		spec.Disks = append(spec.Disks, d.spec())
+	}
+	findings := convert(e.Host.CheckIncoming(ctx, spec))
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if other, taken := e.busy[ask.UUID]; taken {
+		findings = append(findings, Finding{Check: "other moves", Problem: fmt.Sprintf("move %s of this VM is not over at the destination", other),
+			Remedy: "see wanmig status there", Fatal: true})
+	}
+	return findings
+}
+
+// spec is the disk as this host makes it.
+func (d wireDisk) spec() hypervisor.DiskSpec {
+	kind := "file"
+	if d.Block {
+		kind = "block"
+	}
+	return hypervisor.DiskSpec{Path: d.Path, Type: kind, Format: d.Format, VirtualSize: d.Size, ClusterSize: d.ClusterSize}
+}

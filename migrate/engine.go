@@ -1,0 +1,204 @@
+package migrate
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sort"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/wanmig/wanmig/handoff"
+	"github.com/wanmig/wanmig/hypervisor"
+	"github.com/wanmig/wanmig/tunnel"
+)
+
+// Config is what an engine works with.
+type Config struct {
+	Host     *hypervisor.Host
+	Journal  *handoff.Journal
+	Site     string // this site's own name
+	Version  string
+	Spool    string // folder of the outboxes' spool files
+	Memory   int64  // bytes of memory for the outboxes of one move
+	SpoolMax int64  // bytes of spool for one move
+	// Dial opens a session to a site by its name; Known names the site of a peer.
+	Dial  func(ctx context.Context, site string) (*tunnel.Session, error)
+	Known func(tunnel.ID) string
+	Log   *slog.Logger
+}
+
+// Engine moves the guests of one host.
+type Engine struct {
+	Config
+
+	mu       sync.Mutex
+	moves    map[string]*Move     // by move ID, both roles
+	busy     map[string]string    // domain UUID: the move that has it
+	incoming map[string]*incoming // guests that are arriving, by move ID
+	work     sync.WaitGroup
+}
+
+// New makes an engine and reads the ended moves of the journal.
+func New(c Config) (*Engine, error) {
+	e := &Engine{Config: c, moves: map[string]*Move{}, busy: map[string]string{}, incoming: map[string]*incoming{}}
+	const kept = 1000
+	if err := c.Journal.Trim(kept); err != nil {
+		return nil, err
+	}
+	entries, err := c.Journal.All()
+	if err != nil {
+		return nil, err
+	}
+	for _, entry := range entries {
+		if entry.State.Final() {
+			e.remember(entry)
+		}
+	}
+	return e, nil
+}
+
+// remember lists a move of the journal that needs nothing more.
+func (e *Engine) remember(entry handoff.Entry) *Move {
+	m := newMove(statusOf(entry), func(error) {})
+	close(m.done)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.moves[entry.Move] = m
+	return m
+}
+
+// statusOf is the status that a journal entry keeps, or what can be said of a
+// move whose agent ended before it wrote one.
+func statusOf(entry handoff.Entry) Status {
+	var s Status
+	if json.Unmarshal(entry.Outcome, &s) == nil && s.Move == entry.Move {
+		return s
+	}
+	s = Status{Move: entry.Move, VM: entry.VM, UUID: entry.UUID, Peer: entry.Site, Started: entry.Started, Role: "source"}
+	switch entry.State {
+	case handoff.Receiver, handoff.Accepted, handoff.Running, handoff.Aborted:
+		s.Role = "destination"
+	}
+	switch entry.State {
+	case handoff.Released, handoff.Running:
+		s.Phase = PhaseDone
+	case handoff.Returned, handoff.Aborted:
+		s.Phase = PhaseRolledBack
+	default:
+		s.Phase = PhaseInDoubt
+	}
+	if s.Phase.Final() {
+		s.Ended = &entry.Changed
+	}
+	return s
+}
+
+// Wait returns when every move and session has ended.
+func (e *Engine) Wait() { e.work.Wait() }
+
+// Moves lists every move known, oldest first.
+func (e *Engine) Moves() []*Move {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	all := make([]*Move, 0, len(e.moves))
+	for _, m := range e.moves {
+		all = append(all, m)
+	}
+	sort.Slice(all, func(a, b int) bool { return all[a].Status().Started.Before(all[b].Status().Started) })
+	return all
+}
+
+// Move finds a move by its ID.
+func (e *Engine) Move(id string) (*Move, bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	m, ok := e.moves[id]
+	return m, ok
+}
+
+// Start begins to move a guest away. ctx ends the engine, not the request: the
+// move goes on when the caller is gone. An error means that no move began.
+func (e *Engine) Start(ctx context.Context, req Request) (*Move, error) {
+	dom, err := e.find(ctx, req.VM)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	m := newMove(Status{Move: newMoveID(), Role: "source", VM: dom.Name, UUID: dom.UUID, Peer: req.To,
+		Phase: PhaseCheck, Started: time.Now()}, cancel)
+	if err := e.claim(dom.UUID, m); err != nil {
+		return nil, err
+	}
+	e.work.Add(1)
+	go func() {
+		defer e.work.Done()
+		defer cancel(nil)
+		defer close(m.done)
+		e.moveAway(ctx, m, dom, req)
+		e.release(dom.UUID, m)
+	}()
+	return m, nil
+}
+
+// claim reserves a domain for a move and lists the move.
+func (e *Engine) claim(uuid string, m *Move) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	s := m.Status()
+	if other, taken := e.busy[uuid]; taken {
+		return fmt.Errorf("%q is being moved already by %s: see wanmig status %s", s.VM, other, other)
+	}
+	e.busy[uuid] = s.Move
+	e.moves[s.Move] = m
+	return nil
+}
+
+// release gives a domain free. A move that did not end keeps it: it is in doubt.
+func (e *Engine) release(uuid string, m *Move) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if m.Status().Phase.Final() {
+		delete(e.busy, uuid)
+	}
+}
+
+// find looks a guest up, and tells which there are when it is not there.
+func (e *Engine) find(ctx context.Context, vm string) (*hypervisor.Domain, error) {
+	dom, err := e.Host.Domain(ctx, vm)
+	if !errors.Is(err, hypervisor.ErrNoDomain) {
+		return dom, err
+	}
+	list, lerr := e.Host.Domains(ctx)
+	if lerr != nil {
+		return nil, lerr
+	}
+	names := make([]string, len(list))
+	for i, d := range list {
+		names[i] = d.Name
+	}
+	slices.Sort(names)
+	if len(names) == 0 {
+		return nil, fmt.Errorf("no VM %q at %s: there is none at all", vm, e.Site)
+	}
+	const shown = 20
+	more := ""
+	if len(names) > shown {
+		more = fmt.Sprintf(" and %d more", len(names)-shown)
+		names = names[:shown]
+	}
+	return nil, fmt.Errorf("no VM %q at %s: there are %s%s", vm, e.Site, strings.Join(names, ", "), more)
+}
+
+// record makes a state durable together with the status shown.
+func (e *Engine) record(entry *handoff.Entry, state handoff.State, m *Move) error {
+	entry.State = state
+	if outcome, err := json.Marshal(m.Status()); err == nil && state.Final() {
+		entry.Outcome = outcome
+	}
+	return e.Journal.Put(*entry)
+}

@@ -1,0 +1,507 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/wanmig/wanmig/blocksync"
+	"github.com/wanmig/wanmig/blocksync/nbd"
+	"github.com/wanmig/wanmig/handoff"
+	"github.com/wanmig/wanmig/hypervisor"
+	"github.com/wanmig/wanmig/memsync"
+	"github.com/wanmig/wanmig/tunnel"
+)
+
+// incoming is a guest that arrives. Its state is changed by run alone, which
+// takes one event after the other.
+type incoming struct {
+	*Engine
+	move    *Move
+	ask     prepare
+	session *tunnel.Session
+	ctl     *control
+	log     *slog.Logger
+	entry   handoff.Entry
+	virt    *hypervisor.Incoming
+	unwatch func()
+	events  chan inEvent
+
+	work    sync.WaitGroup
+	disks   atomic.Int32  // that are not durable yet
+	durable chan struct{} // closed when every disk is
+	ran     atomic.Bool   // libvirt said that the guest was resumed here
+
+	offeredAt, durableAt, loadedAt time.Time
+	cookie                         []byte
+	answered                       byte // the decision sent last
+}
+
+// inEvent is what a part of an incoming guest tells run.
+type inEvent struct {
+	event   handoff.Event
+	err     error     // of Broken
+	offer   *offer    // not nil: the offer, no event
+	loaded  bool      // the memory stream ended well, no event
+	durable bool      // every disk is durable, no event
+	at      time.Time // when
+	reply   chan byte // of Asked
+}
+
+// run takes the guest from the preparation to its end here.
+func (in *incoming) run(ctx context.Context) {
+	in.entry.State = handoff.Receiver
+	partsCtx, stopParts := context.WithCancel(ctx)
+	err := in.prepare(ctx)
+	if err == nil {
+		in.startParts(partsCtx)
+		in.move.phase(PhaseSync)
+		in.log.Info("incoming guest prepared", "disks", len(in.ask.Disks))
+	} else {
+		in.step(handoff.Broken, err)
+	}
+	loaded, durable := false, false
+	for !in.entry.State.Final() {
+		select {
+		case ev := <-in.events:
+			switch {
+			case ev.offer != nil:
+				in.cookie, in.offeredAt = ev.offer.Cookie, ev.at
+			case ev.loaded:
+				loaded, in.loadedAt = true, ev.at
+			case ev.durable:
+				durable, in.durableAt = true, ev.at
+			case ev.event == handoff.Asked:
+				in.step(handoff.Asked, errors.New("the source lost the session and asked for the decision"))
+				ev.reply <- in.answered
+			default:
+				in.step(ev.event, ev.err)
+			}
+			if loaded && durable && in.cookie != nil && in.entry.State == handoff.Receiver {
+				in.accept(ctx)
+			}
+		case <-ctx.Done():
+			in.step(handoff.Broken, context.Cause(ctx))
+		case <-in.session.Done():
+			in.step(handoff.Broken, fmt.Errorf("session to the source: %w", in.session.Err()))
+		}
+	}
+	stopParts()
+	in.drainEvents()
+	if in.unwatch != nil {
+		in.unwatch()
+	}
+}
+
+// drainEvents lets every part end: they may wait to tell of an event.
+func (in *incoming) drainEvents() {
+	ended := make(chan struct{})
+	go func() { in.work.Wait(); close(ended) }()
+	for {
+		select {
+		case ev := <-in.events:
+			if ev.reply != nil {
+				ev.reply <- in.answered
+			}
+		case <-ended:
+			return
+		}
+	}
+}
+
+// step applies an event and carries its actions out.
+func (in *incoming) step(ev handoff.Event, cause error) {
+	next, actions, err := handoff.Step(in.entry.State, ev)
+	if err != nil {
+		in.log.Debug("event ignored", "error", err)
+		return
+	}
+	if next != in.entry.State {
+		in.log.Info("handoff", "from", in.entry.State, "event", ev, "to", next, "cause", cause)
+	}
+	in.entry.State = next
+	for _, a := range actions {
+		switch a {
+		case handoff.Record:
+			in.recordState(cause)
+		case handoff.Discard:
+			in.discard()
+		case handoff.ReplyAborted:
+			in.reply(kindAborted, reason{fmt.Sprint(cause)})
+		case handoff.ReplyUndecided:
+			in.answered = kindUndecided
+		case handoff.ReplyRunning:
+			in.answered = kindRunning // with its account, by accept
+		}
+	}
+}
+
+// recordState makes the state durable. For Aborted a failure does no harm: an
+// agent that finds Receiver in its journal aborts as well.
+func (in *incoming) recordState(cause error) {
+	in.move.update(func(st *Status) {
+		switch in.entry.State {
+		case handoff.Aborted:
+			st.Phase = PhaseRolledBack
+			st.Result = &Result{Result: "rolled-back", Move: st.Move, VM: st.VM, To: in.Site, Error: fmt.Sprint(cause),
+				TotalMS: time.Since(st.Started).Milliseconds()}
+		case handoff.Running:
+			st.Phase = PhaseDone
+			st.Result = &Result{Result: "done", Move: st.Move, VM: st.VM, To: in.Site, TotalMS: time.Since(st.Started).Milliseconds()}
+		}
+	})
+	if err := in.record(&in.entry, in.entry.State, in.move); err != nil {
+		in.log.Error("handoff state not in the journal", "state", in.entry.State, "error", err)
+	}
+}
+
+func (in *incoming) reply(kind byte, body any) {
+	in.answered = kind
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if err := in.ctl.send(ctx, kind, body); err != nil {
+		in.log.Warn("decision not sent, the source will ask", "error", err)
+	}
+}
+
+// prepare makes the disks and the incoming domain.
+func (in *incoming) prepare(ctx context.Context) error {
+	if err := in.createDisks(ctx); err != nil {
+		return err
+	}
+	ram, nbdPath, err := hypervisor.DestinationSockets(in.ask.Move)
+	if err != nil {
+		return err
+	}
+	if in.unwatch, err = in.Host.Watch(ctx, in.ask.UUID, in.domainEvent); err != nil {
+		return err
+	}
+	mirrored := make([]string, 0, len(in.ask.Disks))
+	for _, d := range in.ask.Disks {
+		if !d.Static {
+			mirrored = append(mirrored, d.Target)
+		}
+	}
+	in.virt, err = in.Host.PrepareIn(ctx, hypervisor.InOptions{Name: in.ask.Name, XML: in.ask.XML, PersistXML: in.ask.PersistXML,
+		Cookie: in.ask.Cookie, RAMSocket: ram, NBDSocket: nbdPath, Disks: mirrored, Persist: in.ask.Persist, Paused: in.ask.Paused})
+	if err != nil {
+		return err
+	}
+	return in.ctl.send(ctx, kindPrepared, prepared{Cookie: in.virt.Cookie})
+}
+
+// createDisks makes the disks. What will be made stands in the journal before it
+// is made, and never what stood there before: that is not ours to remove.
+func (in *incoming) createDisks(ctx context.Context) error {
+	var paths []string
+	for _, d := range in.ask.Disks {
+		if d.Block {
+			continue
+		}
+		if _, err := os.Lstat(d.Path); !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("disk %s: %s exists at the destination: remove it, or choose another place with --storage", d.Target, d.Path)
+		}
+		paths = append(paths, d.Path)
+	}
+	in.entry.Created = paths
+	if err := in.Journal.Put(in.entry); err != nil {
+		in.entry.Created = nil
+		return err
+	}
+	for _, d := range in.ask.Disks {
+		err := in.Host.CreateDisk(ctx, d.spec())
+		if errors.Is(err, hypervisor.ErrExists) {
+			in.entry.Created = slices.DeleteFunc(in.entry.Created, func(p string) bool { return p == d.Path })
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// domainEvent learns of the end or the resume of the guest here.
+func (in *incoming) domainEvent(ev hypervisor.Event) {
+	switch ev.Kind {
+	case hypervisor.EventResumed:
+		in.ran.Store(true)
+	case hypervisor.EventStopped, hypervisor.EventCrashed:
+		in.log.Warn("the domain ended at the destination", "event", ev.Kind, "detail", ev.Detail)
+	}
+}
+
+// startParts starts what receives: the control channel, the disks and memory.
+func (in *incoming) startParts(ctx context.Context) {
+	in.disks.Store(int32(len(in.ask.Disks)))
+	if len(in.ask.Disks) == 0 {
+		close(in.durable)
+	}
+	in.work.Go(func() { in.control(ctx) })
+	in.work.Go(func() { in.accepting(ctx) })
+	in.work.Go(func() {
+		if in.awaitDurable(ctx) == nil {
+			in.tell(ctx, inEvent{durable: true})
+		}
+	})
+}
+
+// awaitDurable returns when every disk is complete and on stable storage.
+func (in *incoming) awaitDurable(ctx context.Context) error {
+	select {
+	case <-in.durable:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (in *incoming) tell(ctx context.Context, ev inEvent) {
+	ev.at = time.Now()
+	select {
+	case in.events <- ev:
+	case <-ctx.Done():
+	}
+}
+
+// broken tells of a failure, unless it comes from the end of it all.
+func (in *incoming) broken(ctx context.Context, what string, err error) {
+	if ctx.Err() == nil {
+		in.tell(ctx, inEvent{event: handoff.Broken, err: fmt.Errorf("%s: %w", what, err)})
+	}
+}
+
+// control takes the source's offer, or its cancellation.
+func (in *incoming) control(ctx context.Context) {
+	for {
+		kind, body, err := in.ctl.recv(ctx)
+		if err != nil {
+			in.broken(ctx, "session to the source", err)
+			return
+		}
+		switch kind {
+		case kindOffer:
+			o := &offer{}
+			if err := decode(body, o); err != nil || len(o.Cookie) > maxCookie {
+				in.broken(ctx, "offer", errors.Join(errors.New("not readable"), err))
+				return
+			}
+			if o.Cookie == nil {
+				o.Cookie = []byte{}
+			}
+			in.tell(ctx, inEvent{offer: o})
+		case kindCancel:
+			in.tell(ctx, inEvent{event: handoff.Broken, err: fmt.Errorf("the source cancelled: %w", peerReason(body))})
+			return
+		default:
+			in.broken(ctx, "source", fmt.Errorf("control message %d out of turn", kind))
+			return
+		}
+	}
+}
+
+// accepting takes the channels that the source opens: one for memory and one a disk.
+func (in *incoming) accepting(ctx context.Context) {
+	disks := map[string]wireDisk{}
+	for _, d := range in.ask.Disks {
+		disks["disk/"+d.Target] = d
+	}
+	memory := false
+	for len(disks) > 0 || !memory {
+		ch, err := in.session.Accept(ctx)
+		if err != nil {
+			in.broken(ctx, "session to the source", err)
+			return
+		}
+		d, isDisk := disks[ch.Name()]
+		switch {
+		case isDisk:
+			delete(disks, ch.Name())
+			in.work.Go(func() {
+				if err := in.receiveDisk(ctx, d, ch); err != nil {
+					in.broken(ctx, "disk "+d.Target+" at the destination", err)
+				}
+			})
+		case ch.Name() == "memory" && !memory:
+			memory = true
+			in.work.Go(func() {
+				if err := in.receiveMemory(ctx, ch); err != nil {
+					in.broken(ctx, "memory at the destination", err)
+					return
+				}
+				in.tell(ctx, inEvent{loaded: true})
+			})
+		default:
+			in.broken(ctx, "source", fmt.Errorf("channel %q does not belong to this move", ch.Name()))
+			return
+		}
+	}
+}
+
+// receiveDisk writes one disk through the destination's QEMU, or a static image
+// into its file, until it is complete and durable.
+func (in *incoming) receiveDisk(ctx context.Context, d wireDisk, ch *tunnel.Channel) error {
+	dev, closeDev, err := in.openDisk(ctx, d)
+	if err != nil {
+		return err
+	}
+	defer closeDev()
+	target, err := blocksync.NewTarget(ctx, dev)
+	if err != nil {
+		return err
+	}
+	if err := target.Run(ctx, ch, ch); err != nil {
+		return err
+	}
+	if in.disks.Add(-1) == 0 {
+		close(in.durable)
+	}
+	return nil
+}
+
+func (in *incoming) openDisk(ctx context.Context, d wireDisk) (nbd.Device, func() error, error) {
+	if d.Static {
+		f, err := nbd.OpenFile(d.Path, false)
+		if err != nil {
+			return nil, nil, err
+		}
+		return f, f.Close, nil
+	}
+	_, path, err := hypervisor.DestinationSockets(in.ask.Move)
+	if err != nil {
+		return nil, nil, err
+	}
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, nil, fmt.Errorf("connect to QEMU's NBD server: %w", err)
+	}
+	client, err := nbd.NewClient(ctx, conn, d.Export)
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	if client.Size() != d.Size {
+		client.Close()
+		return nil, nil, fmt.Errorf("%s has %d bytes here, %d at the source", d.Path, client.Size(), d.Size)
+	}
+	return client, client.Close, nil
+}
+
+// receiveMemory feeds the RAM stream to QEMU. Its tail waits for the disks.
+func (in *incoming) receiveMemory(ctx context.Context, ch *tunnel.Channel) error {
+	path, _, err := hypervisor.DestinationSockets(in.ask.Move)
+	if err != nil {
+		return err
+	}
+	dial := func(ctx context.Context) (io.ReadWriteCloser, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", path)
+	}
+	return memsync.NewDest(memsync.DestConfig{Frames: ch, Return: ch, Dial: dial, Gate: in.awaitDurable}).Run(ctx)
+}
+
+// accept makes the guest ours and lets it run. Nothing but libvirt's own failure
+// stops it now, not even the end of the session.
+func (in *incoming) accept(ctx context.Context) {
+	in.move.phase(PhaseHandoff)
+	start := time.Now()
+	next, _, err := handoff.Step(in.entry.State, handoff.Loaded)
+	if err == nil {
+		in.entry.State = next
+		err = in.Journal.Put(in.entry)
+	}
+	if err != nil {
+		in.entry.State = handoff.Receiver
+		in.step(handoff.Broken, fmt.Errorf("acceptance is not durable: %w", err))
+		return
+	}
+	journaled := time.Now()
+	finishCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	defer cancel()
+	if err := in.virt.Finish(finishCtx, in.cookie, false); err != nil {
+		if ran, why := in.couldHaveRun(finishCtx, err); ran {
+			in.log.Error("libvirt's Finish", "error", err, "outcome", why)
+		} else {
+			in.step(handoff.FinishWrong, fmt.Errorf("libvirt could not finish: %w", err))
+			return
+		}
+	}
+	resumed := time.Now()
+	in.step(handoff.Resumed, nil)
+	ms := func(from, to time.Time) float64 { return max(0, float64(to.Sub(from).Microseconds())/1000) }
+	drained := latest(in.durableAt, in.offeredAt)
+	loaded := latest(in.loadedAt, drained)
+	in.reply(kindRunning, running{DrainMS: ms(in.offeredAt, drained), LoadMS: ms(drained, loaded) + ms(loaded, start),
+		JournalMS: ms(start, journaled), FinishMS: ms(journaled, resumed), Paused: in.ask.Paused})
+	in.virt.Close()
+	if in.ask.Persist && in.ask.Autostart {
+		if err := in.Host.SetAutostart(finishCtx, in.ask.UUID, true); err != nil {
+			in.log.Warn("autostart not set, set it by hand", "error", err)
+		}
+	}
+}
+
+// couldHaveRun looks what became of a guest whose Finish failed. Only one that
+// is certainly stopped goes back to the source.
+func (in *incoming) couldHaveRun(ctx context.Context, finish error) (bool, string) {
+	state, err := in.Host.State(ctx, in.ask.UUID)
+	switch {
+	case err == nil && state == hypervisor.Running:
+		return true, "the guest runs all the same"
+	case in.ran.Load():
+		return true, "the guest was resumed here and has stopped since: start it here with virsh start"
+	case errors.Is(finish, hypervisor.ErrNoAnswer):
+		// libvirtd is gone or hangs: it alone knows. It resumes a guest in Finish
+		// or kills it; wait for it to say which.
+		return in.awaitLibvirt(ctx)
+	}
+	return false, "the guest did not run"
+}
+
+func (in *incoming) awaitLibvirt(ctx context.Context) (bool, string) {
+	for {
+		state, err := in.Host.State(ctx, in.ask.UUID)
+		switch {
+		case err == nil && state == hypervisor.Running:
+			return true, "the guest runs all the same"
+		case err == nil || errors.Is(err, hypervisor.ErrNoDomain):
+			return false, "libvirtd has no running guest"
+		case ctx.Err() != nil:
+			return true, "libvirtd does not answer: the guest counts as running here"
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+		}
+	}
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// discard removes the incoming domain and the disks made for it.
+func (in *incoming) discard() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if in.virt != nil {
+		if err := in.virt.Finish(ctx, nil, true); err != nil {
+			in.log.Warn("libvirt's Finish of the cancelled move", "error", err)
+		}
+		in.virt.Close()
+	}
+	if err := in.discardLeft(ctx, in.entry); err != nil {
+		in.log.Error("incoming guest not cleared", "error", err)
+	}
+}

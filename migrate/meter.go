@@ -1,0 +1,128 @@
+package migrate
+
+import (
+	"time"
+)
+
+const (
+	meterEvery = 250 * time.Millisecond
+	jobEvery   = 4 // libvirt is asked at every 4th tick
+)
+
+// gauge makes a steady rate of a growing count: a moving average over about
+// two seconds.
+type gauge struct {
+	last int64
+	at   time.Time
+	rate float64
+}
+
+func (g *gauge) add(count int64, now time.Time) int64 {
+	if !g.at.IsZero() {
+		if dt := now.Sub(g.at).Seconds(); dt > 0 {
+			const window = 2.0
+			w := min(1, dt/window)
+			g.rate += w * (float64(count-g.last)/dt - g.rate)
+		}
+	}
+	g.last, g.at = count, now
+	return int64(g.rate)
+}
+
+// meter keeps the move's status up to date until the sync ends.
+func (sy *syncer) meter() {
+	disks := make([]gauge, len(sy.disks))
+	var stream, wire, drain gauge
+	ticker := time.NewTicker(meterEvery)
+	defer ticker.Stop()
+	for tick := 0; ; tick++ {
+		select {
+		case <-sy.ctx.Done():
+			sy.show(disks, &stream, &wire, &drain)
+			return
+		case <-ticker.C:
+		}
+		sy.show(disks, &stream, &wire, &drain)
+		if tick%jobEvery == 0 {
+			sy.showJob()
+		}
+	}
+}
+
+// show takes the counts of every part into the status.
+func (sy *syncer) show(gauges []gauge, stream, wire, drain *gauge) {
+	now := time.Now()
+	mem := sy.memory.Stats()
+	link := sy.s.session.Stats()
+	disks := make([]Disk, len(sy.disks))
+	var pending, left, sent int64
+	for i, d := range sy.disks {
+		o := d.outbox.Stats()
+		disks[i] = Disk{Target: d.Target, Size: d.Size, Read: o.Read, Pending: o.Pending, Spooled: o.Spooled,
+			Done: o.Applied, Sent: o.Sent, Wire: o.Wire, Rate: gauges[i].add(o.Applied, now), Problem: o.Problem}
+		pending += o.Pending
+		left += max(0, d.Size-o.Applied)
+		sent += o.Drained
+	}
+	sy.diskRate.Store(drain.add(sent, now))
+	sy.s.move.update(func(st *Status) {
+		st.Disks = disks
+		st.Memory.Size, st.Memory.Stream, st.Memory.Wire = mem.RAM, mem.Stream, mem.Wire
+		st.Memory.Rate = stream.add(mem.Stream, now)
+		st.Memory.Opaque = mem.Opaque
+		st.Memory.Held = mem.RAM > 0 && st.Phase == PhaseSync && !memoryMayRead(sy.load())
+		if mem.Stream > 0 && st.Memory.Round == 0 {
+			st.Memory.Round = 1
+		}
+		st.Memory.Remaining = max(st.Memory.Remaining, 0)
+		if st.Memory.Round <= 1 {
+			st.Memory.Remaining = mem.FirstPassLeft
+		}
+		st.Link = Link{Sent: link.BytesSent, Received: link.BytesReceived, Rate: wire.add(int64(link.BytesSent), now),
+			RTTMS: float64(link.RTT.Microseconds()) / 1000}
+		st.ETAMS = eta(st, left).Milliseconds()
+	})
+}
+
+// showJob adds what only QEMU knows: rounds, dirty rate and what remains.
+func (sy *syncer) showJob() {
+	job, err := sy.s.Host.JobStats(sy.ctx, sy.s.dom.UUID)
+	if err != nil || !job.Active {
+		return
+	}
+	sy.s.move.update(func(st *Status) {
+		st.Memory.Round = max(st.Memory.Round, int(job.Iteration))
+		st.Memory.DirtyRate = int64(job.DirtyPages * max(job.PageSize, 4096))
+		if job.Iteration > 1 {
+			st.Memory.Remaining = int64(job.MemoryRemaining)
+		}
+	})
+}
+
+// eta estimates the time left, or zero when there is too little to go by. The
+// dirty rate lengthens memory's part as in a geometric series (Clark 2005).
+func eta(st *Status, diskLeft int64) time.Duration {
+	var diskRate int64
+	for _, d := range st.Disks {
+		diskRate += d.Rate
+	}
+	var s float64
+	if diskLeft > 0 {
+		if diskRate == 0 {
+			return 0
+		}
+		s = float64(diskLeft) / float64(diskRate)
+	}
+	memoryRate := max(st.Memory.Rate, diskRate) // before memory began, disks tell what the link gives
+	left := st.Memory.Remaining
+	if st.Memory.Size == 0 || memoryRate == 0 {
+		return time.Duration(s * float64(time.Second))
+	}
+	m := float64(left) / float64(memoryRate)
+	if d := float64(st.Memory.DirtyRate) / float64(memoryRate); d < 0.9 {
+		m /= 1 - d
+	} else {
+		return 0 // it does not converge at this rate
+	}
+	return time.Duration((s + m) * float64(time.Second))
+}

@@ -1,0 +1,49 @@
+package migrate
+
+import "time"
+
+// load is what competes for the link at one moment.
+type load struct {
+	DiskPending   int64   // bytes in the outboxes
+	DiskPeak      int64   // the most that was in them since memory began
+	DiskRate      float64 // bytes per second leaving them
+	FirstPassLeft int64   // bytes of RAM not yet seen in the first pass
+	RAM           int64   // bytes of RAM
+}
+
+const (
+	// ahead is how much further memory's first pass may be than the disks.
+	ahead = 0.10
+	// backlogGoal is how long the disk backlog may take to drain when the guest
+	// is allowed to stop: it is downtime.
+	backlogGoal = 50 * time.Millisecond
+	// backlogFloor is a backlog that is never worth waiting for.
+	backlogFloor = 256 << 10
+	// tailPages of the first pass are held back until the disks are drained.
+	// QEMU may have written that much more than we have read: a socket buffer
+	// of 208 KiB holds 23,000 zero pages of 9 bytes.
+	tailPages = 128 << 20
+)
+
+// memoryMayRead decides whether QEMU's RAM stream is read now. Not reading is
+// how memory is slowed and how the stop is withheld: QEMU stops the guest when
+// little memory remains, whatever remains of the disks.
+//
+// The order in which a link carries disks and memory does not change when it
+// has carried both, but it changes what is sent twice: memory that goes early
+// is dirtied again. So the first pass keeps step with the disks, and ends
+// after them; later rounds run only while the backlog fits the downtime.
+func memoryMayRead(l load) bool {
+	drained := l.DiskPending <= backlogFloor ||
+		float64(l.DiskPending) <= l.DiskRate*backlogGoal.Seconds()
+	if drained {
+		return true
+	}
+	tail := min(int64(tailPages), l.RAM/2)
+	if l.FirstPassLeft <= tail || l.DiskPeak == 0 {
+		return false
+	}
+	disk := 1 - float64(l.DiskPending)/float64(max(l.DiskPeak, l.DiskPending))
+	memory := 1 - float64(l.FirstPassLeft)/float64(max(l.RAM, 1))
+	return memory <= disk+ahead
+}

@@ -1,0 +1,436 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/wanmig/wanmig/handoff"
+	"github.com/wanmig/wanmig/hypervisor"
+	"github.com/wanmig/wanmig/tunnel"
+)
+
+// source is a move as the host sees it that the guest leaves.
+type source struct {
+	*Engine
+	move  *Move
+	dom   *hypervisor.Domain
+	req   Request
+	log   *slog.Logger
+	entry handoff.Entry
+
+	session   *tunnel.Session
+	ctl       *control
+	answers   chan answer // what the destination says once it is prepared; closed with the session
+	listening bool        // answers is being fed
+	plan      plan
+	out       *hypervisor.Outgoing
+}
+
+// answer is a control message of the destination.
+type answer struct {
+	kind byte
+	body []byte
+}
+
+// refused is the error of a move that the checks stopped.
+type refused struct{ findings []Finding }
+
+func (r refused) Error() string {
+	n, first := 0, Finding{}
+	for _, f := range r.findings {
+		if f.Fatal {
+			if n == 0 {
+				first = f
+			}
+			n++
+		}
+	}
+	more := ""
+	if n > 1 {
+		more = fmt.Sprintf(" (and %d more: see the findings)", n-1)
+	}
+	return fmt.Sprintf("%s: %s: %s%s", first.Check, first.Problem, first.Remedy, more)
+}
+
+// moveAway carries a move out and leaves its result in the move's status.
+func (e *Engine) moveAway(ctx context.Context, m *Move, dom *hypervisor.Domain, req Request) {
+	st := m.Status()
+	s := &source{Engine: e, move: m, dom: dom, req: req, answers: make(chan answer, 4),
+		log: e.Log.With("move", st.Move, "vm", dom.Name, "to", req.To)}
+	s.log.Info("move begins", "uuid", dom.UUID)
+	err := s.run(ctx)
+	s.end(err)
+}
+
+func (s *source) run(ctx context.Context) error {
+	if err := s.check(ctx); err != nil {
+		s.closeSession("check ended")
+		return err
+	}
+	if s.req.DryRun {
+		s.closeSession("checked")
+		return nil
+	}
+	err := s.transfer(ctx)
+	s.closeSession("move ended")
+	return err
+}
+
+func (s *source) closeSession(reason string) {
+	if s.session != nil {
+		s.session.Close(reason)
+	}
+}
+
+// check finds everything that can be known to fail before a byte moves.
+func (s *source) check(ctx context.Context) error {
+	var err error
+	if s.plan, err = makePlan(s.dom, s.req); err != nil {
+		return err
+	}
+	findings := append(s.plan.findings, convert(s.Host.CheckOutgoing(ctx, s.dom))...)
+	there, err := s.checkThere(ctx)
+	if err != nil {
+		findings = append(findings, Finding{Check: "destination", Problem: err.Error(),
+			Remedy: fmt.Sprintf("try wanmig site check %s", s.req.To), Fatal: true})
+	}
+	findings = append(findings, there...)
+	s.move.update(func(st *Status) { st.Findings = findings })
+	for _, f := range findings {
+		if f.Fatal {
+			return refused{findings}
+		}
+	}
+	return nil
+}
+
+// checkThere opens the session and asks the destination.
+func (s *source) checkThere(ctx context.Context) ([]Finding, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	var err error
+	if s.session, err = s.Dial(ctx, s.req.To); err != nil {
+		return nil, err
+	}
+	if s.ctl, _, err = s.greet(ctx, s.session); err != nil {
+		return nil, err
+	}
+	xml, err := hypervisor.Rewrite(s.dom.XML, s.plan.changes)
+	if err != nil {
+		return nil, err
+	}
+	ask := check{Name: s.dom.Name, UUID: s.dom.UUID, Memory: s.dom.MemoryBytes, XML: xml, Disks: s.plan.disks}
+	if err := s.ctl.send(ctx, kindCheck, ask); err != nil {
+		return nil, err
+	}
+	var reply checked
+	if err := s.ctl.expect(ctx, kindChecked, &reply); err != nil {
+		return nil, err
+	}
+	if len(reply.Findings) > maxFinding {
+		return nil, fmt.Errorf("the destination reports %d findings: not plausible", len(reply.Findings))
+	}
+	return reply.Findings, nil
+}
+
+// greet opens the control channel and exchanges hellos.
+func (e *Engine) greet(ctx context.Context, session *tunnel.Session) (*control, hello, error) {
+	var theirs hello
+	ch, err := session.Open(ctx, "control", tunnel.Control)
+	if err != nil {
+		return nil, theirs, err
+	}
+	c := &control{ch: ch}
+	if err := c.send(ctx, kindHello, e.hello(ctx)); err != nil {
+		return nil, theirs, err
+	}
+	if err := c.expect(ctx, kindHello, &theirs); err != nil {
+		return nil, theirs, err
+	}
+	if theirs.Protocol != Protocol {
+		return nil, theirs, fmt.Errorf("the agent there speaks protocol %d (version %.40s), this one %d (version %s): install the same release on both",
+			theirs.Protocol, theirs.Version, Protocol, e.Version)
+	}
+	return c, theirs, nil
+}
+
+func (e *Engine) hello(ctx context.Context) hello {
+	h := hello{Protocol: Protocol, Version: e.Version, Site: e.Site, Time: time.Now()}
+	info, err := e.Host.Info(ctx)
+	if err != nil {
+		h.Problem = err.Error()
+		return h
+	}
+	h.Libvirt, h.QEMU = info.LibvirtVersion, info.QEMUVersion
+	return h
+}
+
+// transfer moves the guest: prepare, sync, handoff and settle. From here on
+// the journal knows of the move.
+func (s *source) transfer(ctx context.Context) error {
+	st := s.move.Status()
+	s.entry = handoff.Entry{Move: st.Move, VM: s.dom.Name, UUID: s.dom.UUID, Site: s.req.To, Peer: string(s.session.Peer()),
+		Started: st.Started, Persistent: s.dom.Persistent, Paused: s.dom.State == hypervisor.Paused, NVRAM: s.dom.NVRAM != ""}
+	if !s.req.KeepSource {
+		s.entry.Remove = s.plan.remove
+	}
+	if err := s.record(&s.entry, handoff.Owner, s.move); err != nil {
+		return err
+	}
+	s.move.phase(PhasePrepare)
+	ready, err := s.prepare(ctx)
+	if err != nil {
+		return s.returned(err)
+	}
+	s.move.phase(PhaseSync)
+	sy, err := s.startSync(ctx, ready.Cookie)
+	if err != nil {
+		return s.returned(err)
+	}
+	defer sy.stop()
+	cookie, err := sy.tail()
+	if err != nil {
+		return s.returned(err)
+	}
+	return s.handOff(ctx, sy, cookie)
+}
+
+// prepare has libvirt begin here and the destination make its disks and domain.
+func (s *source) prepare(ctx context.Context) (ready prepared, err error) {
+	destXML, err := hypervisor.Rewrite(s.dom.XML, s.plan.changes)
+	if err != nil {
+		return ready, err
+	}
+	persistXML := ""
+	if s.dom.Persistent {
+		if persistXML, err = hypervisor.Rewrite(s.dom.InactiveXML, s.plan.changes); err != nil {
+			return ready, err
+		}
+	}
+	s.out, err = s.Host.BeginOut(ctx, s.dom, hypervisor.OutOptions{DestXML: destXML, PersistXML: persistXML,
+		Disks: s.plan.mirrored(), Persist: s.dom.Persistent, Undefine: s.dom.Persistent,
+		Paused: s.req.Paused || s.entry.Paused})
+	if err != nil {
+		return ready, err
+	}
+	err = s.ctl.send(ctx, kindPrepare, prepare{Move: s.entry.Move, Name: s.dom.Name, UUID: s.dom.UUID, XML: s.out.XML,
+		PersistXML: persistXML, Persist: s.dom.Persistent, Autostart: s.dom.Autostart,
+		Paused: s.req.Paused || s.entry.Paused, Cookie: s.out.Cookie, Disks: s.plan.disks})
+	if err != nil {
+		return ready, err
+	}
+	if err := s.ctl.expect(ctx, kindPrepared, &ready); err != nil {
+		return ready, err
+	}
+	if len(ready.Cookie) > maxCookie {
+		return ready, errors.New("the destination's libvirt cookie is out of bounds")
+	}
+	s.listening = true
+	go s.listen()
+	return ready, nil
+}
+
+// listen passes on what the destination says, until the session ends.
+func (s *source) listen() {
+	defer close(s.answers)
+	for {
+		kind, body, err := s.ctl.recv(context.Background())
+		if err != nil {
+			return
+		}
+		select {
+		case s.answers <- answer{kind, append([]byte(nil), body...)}:
+		default:
+			s.session.Close("too many control messages")
+			return
+		}
+	}
+}
+
+// handOff gives the decision away, learns it and acts on it.
+func (s *source) handOff(ctx context.Context, sy *syncer, cookie []byte) error {
+	if !s.move.decide(ctx) {
+		return s.returned(context.Cause(ctx))
+	}
+	if err := s.record(&s.entry, handoff.Offered, s.move); err != nil {
+		// Not durable, so not offered: the guest is still ours.
+		return s.returned(fmt.Errorf("%w: free some space in the state folder and try again", err))
+	}
+	// From here on a cancelled context must not end the waiting: only the
+	// destination knows.
+	offered := time.Now()
+	if err := s.ctl.send(context.WithoutCancel(ctx), kindOffer, offer{Cookie: cookie}); err != nil {
+		s.log.Warn("the offer may not have arrived, asking", "error", err)
+	}
+	decision, err := s.learn(ctx)
+	if err != nil {
+		return err
+	}
+	if decision.kind == kindAborted {
+		return s.returned(peerReason(decision.body))
+	}
+	var r running
+	if decision.body != nil {
+		if err := decode(decision.body, &r); err != nil {
+			s.log.Warn("the destination's account of the downtime is not readable", "error", err)
+		}
+	}
+	s.measure(sy, offered, r)
+	return s.released(ctx)
+}
+
+// learn waits for the decision, and asks for it when the session is gone. It
+// returns an error only when the agent stops: the journal then asks again.
+func (s *source) learn(ctx context.Context) (answer, error) {
+	for a := range s.answers {
+		if a.kind == kindRunning || a.kind == kindAborted {
+			return a, nil
+		}
+		s.log.Warn("unexpected control message", "kind", a.kind)
+	}
+	s.log.Warn("session lost with the offer out: asking the destination for its decision", "error", s.session.Err())
+	return s.ask(ctx, s.move, s.entry)
+}
+
+// returned ends a move whose guest stays here.
+func (s *source) returned(cause error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	if s.entry.State != handoff.Offered && s.ctl != nil {
+		_ = s.ctl.send(ctx, kindCancel, reason{cause.Error()}) // the session's end says the same
+	}
+	if s.out != nil {
+		if err := s.out.Confirm(ctx, nil, true); err != nil {
+			s.log.Warn("libvirt's Confirm", "error", err)
+		}
+		s.out.Close()
+	}
+	if err := s.revive(ctx, s.entry); err != nil {
+		s.log.Error("guest not running at the source", "error", err)
+		cause = fmt.Errorf("%w; and the guest is not running here: %w: try virsh resume %q", cause, err, s.dom.Name)
+	}
+	s.awaitAborted()
+	s.journalEnd(handoff.Returned, cause)
+	return cause
+}
+
+// awaitAborted gives the destination time to say that it has cleaned up, so
+// that "rolled back" means both hosts.
+func (s *source) awaitAborted() {
+	if !s.listening || s.aborted {
+		return
+	}
+	late := time.After(20 * time.Second)
+	for {
+		select {
+		case a, ok := <-s.answers:
+			if !ok || a.kind == kindAborted {
+				return
+			}
+		case <-late:
+			s.log.Warn("the destination did not confirm that it has cleaned up")
+			return
+		}
+	}
+}
+
+// released ends a move whose guest runs at the destination.
+func (s *source) released(ctx context.Context) error {
+	s.move.phase(PhaseSettle)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
+	defer cancel()
+	if err := s.out.Confirm(ctx, nil, false); err != nil {
+		s.log.Warn("libvirt's Confirm, clearing the source by hand", "error", err)
+	}
+	s.out.Close()
+	err := s.clear(ctx, s.entry)
+	s.journalEnd(handoff.Released, err)
+	return err
+}
+
+// journalEnd writes the final state. Its failure leaves the move to be found
+// and ended again by the next start of the agent, which does no harm.
+func (s *source) journalEnd(state handoff.State, outcome error) {
+	s.entry.State = state
+	s.summarise(outcome)
+	if err := s.record(&s.entry, state, s.move); err != nil {
+		s.log.Error("the move's end is not in the journal", "error", err)
+	}
+}
+
+// end leaves the result in the status, where it is not yet, and logs it.
+func (s *source) end(err error) {
+	if s.move.Status().Result == nil {
+		s.summarise(err)
+	}
+	r := s.move.Status().Result
+	s.log.Info("move ends", "result", r.Result, "total_ms", r.TotalMS, "downtime_ms", r.DowntimeMS, "downtime", r.Downtime,
+		"wire_bytes_sent", r.WireBytesSent, "error", r.Error)
+}
+
+// summarise makes the result of the move from its status.
+func (s *source) summarise(err error) {
+	var stop refused
+	s.move.update(func(st *Status) {
+		r := Result{Move: st.Move, VM: st.VM, To: st.Peer, TotalMS: time.Since(st.Started).Milliseconds()}
+		switch {
+		case errors.As(err, &stop):
+			st.Phase, r.Result = PhaseRolledBack, "refused"
+		case errors.Is(err, errUndecided):
+			st.Phase, r.Result = PhaseInDoubt, "in-doubt"
+		case s.entry.State == handoff.Released:
+			st.Phase, r.Result = PhaseDone, "done"
+			r.Downtime, r.DowntimeMS = s.downtime, s.downtime.total()
+		case s.req.DryRun && err == nil:
+			st.Phase, r.Result = PhaseRolledBack, "checked"
+		default:
+			st.Phase, r.Result = PhaseRolledBack, "rolled-back"
+		}
+		if err != nil {
+			r.Error = err.Error()
+		}
+		if s.session != nil {
+			c := s.session.Stats()
+			r.WireBytesSent, r.WireBytesReceived = c.BytesSent, c.BytesReceived
+		}
+		for _, d := range st.Disks {
+			r.DiskBytes += d.Sent
+		}
+		r.MemoryBytes, r.MemoryRounds = st.Memory.Stream, st.Memory.Round
+		for _, f := range st.Findings {
+			if f.Fatal {
+				continue
+			}
+			r.Notices = append(r.Notices, f.Problem+": "+f.Remedy)
+		}
+		if r.Result == "refused" || r.Result == "checked" {
+			r.Findings = st.Findings
+		}
+		st.Result = &r
+	})
+}
+
+// measure splits the downtime: source clock up to the offer, half a round trip,
+// destination clock from there.
+func (s *source) measure(sy *syncer, offered time.Time, r running) {
+	if r.Paused || sy.stopped().IsZero() {
+		return // it landed paused or was paused before: there is no downtime to speak of
+	}
+	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+	s.downtime = Downtime{StopToTail: ms(offered.Sub(sy.stopped())), Transfer: ms(s.session.Stats().RTT / 2),
+		DrainDisks: r.DrainMS, LoadState: r.LoadMS, Journal: r.JournalMS, FinishGuest: r.FinishMS}
+}
+
+// removeDisks removes disks that no domain uses any more.
+func (e *Engine) removeDisks(ctx context.Context, paths []string) error {
+	var errs []error
+	for _, p := range paths {
+		if err := e.Host.RemoveDisk(ctx, p); err != nil {
+			errs = append(errs, fmt.Errorf("%w: remove it by hand", err))
+		}
+	}
+	return errors.Join(errs...)
+}

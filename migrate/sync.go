@@ -1,0 +1,310 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/wanmig/wanmig/blocksync"
+	"github.com/wanmig/wanmig/blocksync/nbd"
+	"github.com/wanmig/wanmig/hypervisor"
+	"github.com/wanmig/wanmig/memsync"
+	"github.com/wanmig/wanmig/tunnel"
+)
+
+// syncer runs what copies the guest while it runs here: the NBD server that
+// its QEMU mirrors into, an outbox and a sender per disk, the memory stream,
+// and libvirt's Perform. Each may fail the whole.
+type syncer struct {
+	s       *source
+	ctx     context.Context
+	fail    context.CancelCauseFunc
+	work    sync.WaitGroup
+	budget  *blocksync.Budget
+	disks   []*outgoingDisk
+	memory  *memsync.Source
+	unwatch func()
+
+	memoryDone chan error     // the memory stream's end
+	performed  chan performed // libvirt's Perform's end
+
+	stopAt   atomic.Int64 // Unix nanoseconds of the guest's stop, 0 while it runs
+	diskRate atomic.Int64 // bytes per second leaving the outboxes
+	peak     atomic.Int64 // the most that was in the outboxes since memory began
+}
+
+type outgoingDisk struct {
+	wireDisk
+	outbox *blocksync.Outbox
+	ch     *tunnel.Channel
+}
+
+type performed struct {
+	cookie []byte
+	err    error
+}
+
+// startSync opens the channels and the two sockets and starts everything.
+func (s *source) startSync(parent context.Context, cookie []byte) (*syncer, error) {
+	ctx, fail := context.WithCancelCause(parent)
+	sy := &syncer{s: s, ctx: ctx, fail: fail, memoryDone: make(chan error, 1), performed: make(chan performed, 1),
+		budget: blocksync.NewBudget(s.Memory, s.Spool, s.SpoolMax)}
+	err := sy.start(cookie)
+	if err != nil {
+		sy.stop()
+		return nil, err
+	}
+	return sy, nil
+}
+
+func (sy *syncer) start(cookie []byte) error {
+	s := sy.s
+	ramPath, nbdPath, err := hypervisor.SourceSockets(s.entry.Move)
+	if err != nil {
+		return err
+	}
+	ram, err := listenUnix(ramPath)
+	if err != nil {
+		return err
+	}
+	context.AfterFunc(sy.ctx, func() { ram.Close() })
+	nbdListener, err := listenUnix(nbdPath)
+	if err != nil {
+		return err
+	}
+	context.AfterFunc(sy.ctx, func() { nbdListener.Close() })
+
+	exports := map[string]nbd.Export{}
+	for _, d := range s.plan.disks {
+		disk := &outgoingDisk{wireDisk: d, outbox: blocksync.NewOutbox(d.Size, sy.budget)}
+		sy.disks = append(sy.disks, disk)
+		if disk.ch, err = s.session.Open(sy.ctx, "disk/"+d.Target, tunnel.Disk); err != nil {
+			return err
+		}
+		sy.run("disk "+d.Target, func() error { return disk.outbox.Run(sy.ctx, disk.ch, disk.ch) })
+		if d.Static {
+			sy.run("disk "+d.Target, func() error { return copyStatic(sy.ctx, s.plan.source[d.Target], disk.outbox) })
+			continue
+		}
+		exports[d.Export] = nbd.Export{Device: disk.outbox}
+	}
+	server := &nbd.Server{Exports: exports, Log: s.log}
+	sy.run("NBD server", func() error { return server.Serve(sy.ctx, nbdListener) })
+
+	memory, err := s.session.Open(sy.ctx, "memory", tunnel.Memory)
+	if err != nil {
+		return err
+	}
+	if sy.unwatch, err = s.Host.Watch(sy.ctx, s.dom.UUID, sy.event); err != nil {
+		return err
+	}
+	sy.memory = memsync.NewSource(memsync.SourceConfig{Frames: memory, Return: memory, Pace: sy.pace, OnTail: sy.seal})
+	sy.work.Go(func() { sy.memoryDone <- sy.stream(ram) })
+	sy.work.Go(func() {
+		cookie, err := s.out.Perform(sy.ctx, cookie, ramPath, nbdPath)
+		sy.performed <- performed{cookie, err}
+	})
+	sy.work.Go(sy.meter)
+	return nil
+}
+
+// run starts a part whose failure fails the move.
+func (sy *syncer) run(what string, part func() error) {
+	sy.work.Go(func() {
+		if err := part(); err != nil && sy.ctx.Err() == nil {
+			sy.fail(fmt.Errorf("%s: %w", what, err))
+		}
+	})
+}
+
+// listenUnix listens on a socket for the local QEMU. A socket left by an agent
+// that was killed is replaced: the move's ID in its name is never used twice.
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("listen for QEMU: %w", err)
+	}
+	_ = os.Remove(path)
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen for QEMU: %w", err)
+	}
+	if err := os.Chmod(path, 0o666); err != nil { // QEMU may run as another user; the folder is libvirt's
+		l.Close()
+		return nil, fmt.Errorf("listen for QEMU: %w", err)
+	}
+	return l, nil
+}
+
+// stream passes QEMU's memory to the destination.
+func (sy *syncer) stream(l net.Listener) error {
+	conn, err := l.Accept()
+	if err != nil {
+		return memsync.ErrAborted // Perform ended before memory began, and says why
+	}
+	l.Close()
+	sy.notePeak()
+	err = sy.memory.Run(sy.ctx, conn)
+	if err != nil && !errors.Is(err, memsync.ErrAborted) && sy.ctx.Err() == nil {
+		sy.fail(fmt.Errorf("memory: %w", err))
+	}
+	return err
+}
+
+// pace holds the memory stream back while the disks need the link.
+func (sy *syncer) pace(ctx context.Context, _ int) error {
+	for sy.stopAt.Load() == 0 && !memoryMayRead(sy.load()) {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return nil
+}
+
+func (sy *syncer) load() load {
+	m := sy.memory.Stats()
+	return load{DiskPending: sy.pending(), DiskPeak: sy.peak.Load(), DiskRate: float64(sy.diskRate.Load()),
+		FirstPassLeft: m.FirstPassLeft, RAM: m.RAM}
+}
+
+// pending is what the outboxes hold.
+func (sy *syncer) pending() int64 {
+	var n int64
+	for _, d := range sy.disks {
+		n += d.outbox.Stats().Pending
+	}
+	return n
+}
+
+func (sy *syncer) notePeak() { sy.peak.Store(max(sy.peak.Load(), sy.pending())) }
+
+// event learns of the guest's stop.
+func (sy *syncer) event(ev hypervisor.Event) {
+	if ev.Kind == hypervisor.EventSuspended {
+		sy.stopAt.CompareAndSwap(0, ev.Time.UnixNano())
+		sy.s.move.phase(PhaseHandoff)
+	}
+}
+
+// stopped is when the guest stopped, or zero.
+func (sy *syncer) stopped() time.Time {
+	if ns := sy.stopAt.Load(); ns != 0 {
+		return time.Unix(0, ns)
+	}
+	return time.Time{}
+}
+
+// seal closes the outboxes: the RAM section has ended, so the guest is stopped
+// and libvirt has completed the mirrors.
+func (sy *syncer) seal() {
+	sy.stopAt.CompareAndSwap(0, time.Now().UnixNano())
+	for _, d := range sy.disks {
+		d.outbox.Seal()
+	}
+}
+
+// tail returns when everything of the guest was sent, with libvirt's cookie for
+// the destination. The disks' last blocks may still be on their way: the
+// destination does not accept before they are durable.
+func (sy *syncer) tail() ([]byte, error) {
+	p, err := sy.awaitPerform()
+	if err != nil {
+		return nil, err
+	}
+	// Perform is good: QEMU has closed its socket, so this ends at once.
+	select {
+	case err := <-sy.memoryDone:
+		if err != nil {
+			return nil, fmt.Errorf("memory: %w", err)
+		}
+	case <-sy.ctx.Done():
+		return nil, context.Cause(sy.ctx)
+	}
+	sy.seal() // not yet done when the stream passed opaque
+	return p.cookie, nil
+}
+
+// awaitPerform waits for Perform, and for what the destination says meanwhile.
+func (sy *syncer) awaitPerform() (performed, error) {
+	answers := sy.s.answers
+	for {
+		select {
+		case p := <-sy.performed:
+			if p.err == nil {
+				return p, nil
+			}
+			return p, sy.cause(p.err)
+		case a, ok := <-answers:
+			switch {
+			case !ok:
+				answers = nil
+				sy.fail(fmt.Errorf("session to the destination: %w", sy.s.session.Err()))
+			case a.kind == kindAborted:
+				sy.s.aborted = true
+				sy.fail(fmt.Errorf("the destination gave up: %w", peerReason(a.body)))
+			default:
+				sy.fail(fmt.Errorf("the destination sent message %d out of turn", a.kind))
+			}
+		}
+	}
+}
+
+// cause finds the reason of a failed Perform: what failed first of our own
+// parts or at the destination says more than libvirt's broken pipe.
+func (sy *syncer) cause(perform error) error {
+	if sy.ctx.Err() != nil {
+		return context.Cause(sy.ctx)
+	}
+	select {
+	case a, ok := <-sy.s.answers:
+		if ok && a.kind == kindAborted {
+			sy.s.aborted = true
+			return fmt.Errorf("the destination gave up: %w", peerReason(a.body))
+		}
+	case <-sy.ctx.Done():
+		return context.Cause(sy.ctx)
+	case <-time.After(time.Second):
+	}
+	return perform
+}
+
+// stop ends every part and waits for it.
+func (sy *syncer) stop() {
+	sy.fail(errors.New("the move ended"))
+	if sy.unwatch != nil {
+		sy.unwatch()
+	}
+	sy.work.Wait()
+	for _, d := range sy.disks {
+		d.outbox.Close()
+	}
+	sy.budget.Close()
+}
+
+// copyStatic puts an image that does not change, a CD-ROM, into an outbox.
+func copyStatic(ctx context.Context, path string, to *blocksync.Outbox) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	buf := make([]byte, 1<<20)
+	for off := int64(0); off < to.Size(); off += int64(len(buf)) {
+		n := min(int64(len(buf)), to.Size()-off)
+		if _, err := f.ReadAt(buf[:n], off); err != nil {
+			return fmt.Errorf("read %s: %w", path, err)
+		}
+		if err := to.WriteAt(ctx, buf[:n], off, false); err != nil {
+			return err
+		}
+	}
+	to.Seal()
+	return nil
+}
