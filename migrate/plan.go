@@ -45,10 +45,14 @@ func makePlan(dom *hypervisor.Domain, req Request) (plan, error) {
 			continue
 		}
 		path := mapStorage(d, req.Storage, used)
-		p.disks = append(p.disks, wireDisk{Target: d.Target, Export: d.Export, Path: path, Block: d.Type == "block", Format: d.Format,
+		kind := "file"
+		if d.Type == "block" {
+			kind = "block"
+		}
+		p.disks = append(p.disks, wireDisk{Target: d.Target, Export: d.Export, Path: path, Block: kind == "block", Format: d.Format,
 			Size: d.VirtualSize, Allocated: d.Allocated, ClusterSize: d.ClusterSize, Static: d.Device == "cdrom"})
 		p.source[d.Target] = d.Path
-		p.changes.Disks[d.Target] = hypervisor.DiskChange{Path: path}
+		p.changes.Disks[d.Target] = hypervisor.DiskChange{Path: path, Type: kind}
 		if d.Type != "block" && d.Device != "cdrom" {
 			p.remove = append(p.remove, d.Path)
 		}
