@@ -1,0 +1,169 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/wanmig/wanmig/lab"
+)
+
+// linkFlags are the flags that describe a link.
+type linkFlags struct {
+	rate, rtt, loss, queue string
+	burst                  float64
+	seed                   uint64
+}
+
+func (f *linkFlags) add(cmd *cobra.Command) {
+	d := lab.DefaultLink()
+	cmd.Flags().StringVar(&f.rate, "rate", lab.FormatRate(d.Rate), "rate of each direction, such as 100mbit or 1gbit, or unlimited")
+	cmd.Flags().StringVar(&f.rtt, "rtt", d.RTT.String(), "round-trip time, half of it in each direction")
+	cmd.Flags().StringVar(&f.loss, "loss", lab.FormatLoss(d.Loss), "share of the packets lost in each direction, such as 0.1%")
+	cmd.Flags().Float64Var(&f.burst, "burst", 0, "mean number of packets lost in a row (0: each by itself)")
+	cmd.Flags().StringVar(&f.queue, "queue", "", "what waits before packets are dropped, such as 256KiB (default: rate x rtt, at least 64KiB)")
+}
+
+// change holds what was given on the command line, and nothing else.
+func (f *linkFlags) change(cmd *cobra.Command) (lab.LinkChange, error) {
+	var c lab.LinkChange
+	given := cmd.Flags().Changed
+	if given("rate") {
+		rate, err := lab.ParseRate(f.rate)
+		if err != nil {
+			return c, err
+		}
+		c.Rate = &rate
+	}
+	if given("rtt") {
+		rtt, err := lab.ParseRTT(f.rtt)
+		if err != nil {
+			return c, err
+		}
+		c.RTT = &rtt
+	}
+	if given("loss") {
+		loss, err := lab.ParseLoss(f.loss)
+		if err != nil {
+			return c, err
+		}
+		c.Loss = &loss
+	}
+	if given("burst") {
+		c.Burst = &f.burst
+	}
+	if given("queue") {
+		queue, err := lab.ParseSize(f.queue)
+		if err != nil {
+			return c, err
+		}
+		c.Queue = &queue
+	}
+	return c, nil
+}
+
+func linkCommand(dir *string) *cobra.Command {
+	var link linkFlags
+	var cut, restore, counters, reset, asJSON bool
+	var from string
+	cmd := &cobra.Command{
+		Use:   "link",
+		Short: "Change or show the WAN while it runs",
+		Long: `link changes what is given, and leaves the rest of the WAN as it is. Without
+flags it shows the WAN.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			change, err := link.change(cmd)
+			if err != nil {
+				return err
+			}
+			l, err := lab.Open(*dir)
+			if err != nil {
+				return err
+			}
+			if from != "" && !cut && !restore {
+				return errors.New("--from says whose packets --cut or --restore means: give one of them")
+			}
+			if cut || restore {
+				state, err := l.LinkState(cmd.Context())
+				if err != nil {
+					return err
+				}
+				sites := cutFrom(state.Settings.Cut, from, cut)
+				change.Cut = &sites
+			}
+			if change != (lab.LinkChange{}) {
+				if err := l.ChangeLink(cmd.Context(), change); err != nil {
+					return err
+				}
+			}
+			state, err := l.LinkState(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if reset {
+				if err := l.ResetCounters(cmd.Context()); err != nil {
+					return err
+				}
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), state)
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), "WAN:", describeLink(state.Settings))
+			if counters || reset {
+				printCounters(cmd.OutOrStdout(), state)
+			}
+			return nil
+		},
+	}
+	link.add(cmd)
+	// What is not given stays, so no flag has a default here.
+	for _, name := range []string{"rate", "rtt", "loss"} {
+		cmd.Flags().Lookup(name).DefValue = ""
+	}
+	cmd.Flags().BoolVar(&cut, "cut", false, "let all packets vanish")
+	cmd.Flags().BoolVar(&restore, "restore", false, "end a cut")
+	cmd.Flags().StringVar(&from, "from", "", "cut or restore only what this data centre sends")
+	cmd.Flags().BoolVar(&counters, "counters", false, "show the counters of each direction")
+	cmd.Flags().BoolVar(&reset, "reset-counters", false, "show the counters and set them to zero")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print settings and counters as JSON")
+	cmd.MarkFlagsMutuallyExclusive("cut", "restore")
+	return cmd
+}
+
+// cutFrom adds a site to those that are cut, or takes it away; no site means all.
+func cutFrom(sites []string, from string, cut bool) []string {
+	meant := lab.DataCentres
+	if from != "" {
+		meant = []string{from}
+	}
+	sites = slices.DeleteFunc(slices.Clone(sites), func(s string) bool { return slices.Contains(meant, s) })
+	if cut {
+		sites = append(sites, meant...)
+	}
+	return slices.Sorted(slices.Values(sites))
+}
+
+func describeLink(s lab.LinkSettings) string {
+	text := fmt.Sprintf("%s, %v round trip, %s loss", lab.FormatRate(s.Rate), s.RTT, lab.FormatLoss(s.Loss))
+	if s.Burst != 0 {
+		text += fmt.Sprintf(" in bursts of %g", s.Burst)
+	}
+	if len(s.Cut) > 0 {
+		text += ", cut from " + strings.Join(s.Cut, " and ")
+	}
+	return text
+}
+
+func printCounters(w io.Writer, state lab.LinkState) {
+	fmt.Fprintf(w, "%-12s%16s%12s%12s%12s%12s\n", "from", "bytes", "packets", "lost", "cut", "dropped")
+	for _, from := range slices.Sorted(maps.Keys(state.Counters)) {
+		c := state.Counters[from]
+		fmt.Fprintf(w, "%-12s%16d%12d%12d%12d%12d\n", from, c.Bytes, c.Packets, c.Lost, c.Cut, c.Dropped)
+	}
+}

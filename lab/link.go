@@ -1,0 +1,119 @@
+package lab
+
+import (
+	"fmt"
+	"slices"
+	"time"
+)
+
+// LinkSettings describe the WAN between the data centres. Both directions are
+// alike. The zero value is a link without limit, delay or loss.
+type LinkSettings struct {
+	Rate  int64         `json:"rate_bits_per_s"`    // of each direction, in bits of IP packets per second; 0 is unlimited
+	RTT   time.Duration `json:"rtt_ns"`             // half of it delays each direction
+	Loss  float64       `json:"loss"`               // share of the packets lost in each direction, 0 to below 1
+	Burst float64       `json:"burst_packets"`      // mean length of a burst of losses; 0 loses packets independently
+	Queue int64         `json:"queue_bytes"`        // bytes that wait before a direction drops; 0 is DefaultQueue
+	Seed  uint64        `json:"seed"`               // of the random losses
+	Cut   []string      `json:"cut_from,omitempty"` // sites whose packets all vanish
+}
+
+// DefaultLink is a WAN of 100 Mbit/s and 50 ms that loses nothing by chance.
+func DefaultLink() LinkSettings {
+	return LinkSettings{Rate: 100e6, RTT: 50 * time.Millisecond, Seed: 1}
+}
+
+// DefaultQueue is the queue of a link that names none: its bandwidth-delay
+// product, which lets one loss-based flow fill the link, and at least 64 KiB.
+func (s LinkSettings) DefaultQueue() int64 {
+	return max(64<<10, s.bandwidthDelay())
+}
+
+func (s LinkSettings) bandwidthDelay() int64 {
+	return int64(float64(s.Rate) / 8 * s.RTT.Seconds())
+}
+
+func (s LinkSettings) queue() int64 {
+	if s.Queue == 0 {
+		return s.DefaultQueue()
+	}
+	return s.Queue
+}
+
+const (
+	maxRTT       = time.Minute
+	maxLinkBytes = 1 << 30 // what a direction may hold in its queue, and again under way
+)
+
+func (s LinkSettings) validate() error {
+	switch {
+	case s.Rate < 0:
+		return fmt.Errorf("bad rate %d: want bits per second", s.Rate)
+	case s.RTT < 0 || s.RTT > maxRTT:
+		return fmt.Errorf("bad rtt %v: want 0 to %v", s.RTT, maxRTT)
+	case s.bandwidthDelay() > maxLinkBytes:
+		return fmt.Errorf("a link of %s and %v holds more than 1 GiB under way: lower --rate or --rtt", FormatRate(s.Rate), s.RTT)
+	case !(s.Loss >= 0 && s.Loss < 1):
+		return fmt.Errorf("bad loss %v: want 0%% to below 100%%; --cut loses everything", s.Loss)
+	case s.Burst != 0 && !(s.Burst >= 1 && s.Burst <= 1e6):
+		return fmt.Errorf("bad burst %v: want the mean number of packets lost in a row, from 1 to 1000000", s.Burst)
+	case s.Burst != 0 && s.Loss > s.Burst/(s.Burst+1):
+		return fmt.Errorf("a loss of %s cannot come in bursts of %g packets: at least one packet arrives between two bursts", FormatLoss(s.Loss), s.Burst)
+	case s.Queue != 0 && (s.Queue < linkMTU || s.Queue > maxLinkBytes):
+		return fmt.Errorf("bad queue %d: want %d bytes to 1 GiB", s.Queue, linkMTU)
+	}
+	for _, site := range s.Cut {
+		if !slices.Contains(DataCentres, site) {
+			return unknownSite(site, DataCentres)
+		}
+	}
+	return nil
+}
+
+// LinkChange changes a running link: what is nil stays.
+type LinkChange struct {
+	Rate  *int64         `json:"rate_bits_per_s,omitempty"`
+	RTT   *time.Duration `json:"rtt_ns,omitempty"`
+	Loss  *float64       `json:"loss,omitempty"`
+	Burst *float64       `json:"burst_packets,omitempty"`
+	Queue *int64         `json:"queue_bytes,omitempty"`
+	Cut   *[]string      `json:"cut_from,omitempty"`
+}
+
+// ApplyTo returns the settings with the change made.
+func (c LinkChange) ApplyTo(s LinkSettings) LinkSettings {
+	if c.Rate != nil {
+		s.Rate = *c.Rate
+	}
+	if c.RTT != nil {
+		s.RTT = *c.RTT
+	}
+	if c.Loss != nil {
+		s.Loss = *c.Loss
+	}
+	if c.Burst != nil {
+		s.Burst = *c.Burst
+	}
+	if c.Queue != nil {
+		s.Queue = *c.Queue
+	}
+	if c.Cut != nil {
+		s.Cut = *c.Cut
+	}
+	return s
+}
+
+// LinkCounters count one direction of the link since the last reset.
+type LinkCounters struct {
+	Bytes   uint64 `json:"bytes"`   // IP bytes put on the wire, lost ones included
+	Packets uint64 `json:"packets"` // packets put on the wire, lost ones included
+	Lost    uint64 `json:"lost"`    // of Packets: lost at random or in bursts, as asked
+	Cut     uint64 `json:"cut"`     // of Packets: vanished while the link was cut
+	Dropped uint64 `json:"dropped"` // packets refused before the wire, because the queue was full
+}
+
+// LinkState is the link as it runs. Counters are keyed by the sending site.
+type LinkState struct {
+	Settings LinkSettings            `json:"settings"`
+	Counters map[string]LinkCounters `json:"counters"`
+}

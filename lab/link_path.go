@@ -1,0 +1,195 @@
+package lab
+
+import (
+	"math/rand/v2"
+	"time"
+)
+
+const linkMTU = 1500
+
+// path decides what becomes of each packet of one direction, in virtual time:
+// it reads no clock and does no I/O, so its caller may call late without an
+// effect on any later decision.
+//
+//	push --> queue --(one at a time, at the rate)--> loss --> pipe --(delay)--> pop
+//	     \-> dropped when full                          \-> lost
+type path struct {
+	rate  int64 // bits per second, 0 is unlimited
+	delay time.Duration
+	limit int64 // of queued
+	loss  lossModel
+	cut   bool
+
+	queue  fifo // each with the time of its arrival
+	queued int64
+	free   time.Duration // when the transmitter has sent what it has begun
+	pipe   fifo          // each with the time of its delivery
+	latest time.Duration // the last of those: nothing overtakes it
+	spare  [][]byte
+
+	counters LinkCounters
+}
+
+func newPath(s LinkSettings, cut bool, stream uint64) *path {
+	p := &path{}
+	p.loss.random = rand.New(rand.NewPCG(s.Seed, stream))
+	p.configure(0, s, cut)
+	return p
+}
+
+// configure changes the settings from now on. What has left the queue keeps
+// its time of delivery.
+func (p *path) configure(now time.Duration, s LinkSettings, cut bool) {
+	p.advance(now)
+	p.rate = s.Rate
+	p.delay = s.RTT / 2
+	p.limit = s.queue()
+	p.cut = cut
+	p.loss.configure(s.Loss, s.Burst)
+}
+
+// push copies a packet that arrives now, or drops it.
+func (p *path) push(now time.Duration, data []byte) {
+	p.advance(now)
+	idle := p.queue.len() == 0 && p.free <= now
+	if !idle && p.queued+int64(len(data)) > p.limit {
+		p.counters.Dropped++
+		return
+	}
+	p.queue.push(timed{now, append(p.buffer(), data...)})
+	p.queued += int64(len(data))
+	p.advance(now)
+}
+
+// advance sends what the transmitter begins to send up to now.
+func (p *path) advance(now time.Duration) {
+	for p.queue.len() > 0 {
+		head := p.queue.head()
+		start := max(p.free, head.at)
+		if start > now {
+			return
+		}
+		data := p.queue.pop().data
+		p.queued -= int64(len(data))
+		p.free = start + p.sendTime(len(data))
+		p.counters.Packets++
+		p.counters.Bytes += uint64(len(data))
+		switch {
+		case p.cut:
+			p.counters.Cut++
+			p.recycle(data)
+		case p.loss.lose():
+			p.counters.Lost++
+			p.recycle(data)
+		default:
+			p.latest = max(p.latest, p.free+p.delay)
+			p.pipe.push(timed{p.latest, data})
+		}
+	}
+}
+
+func (p *path) sendTime(size int) time.Duration {
+	if p.rate == 0 {
+		return 0
+	}
+	return time.Duration(int64(size) * 8 * int64(time.Second) / p.rate)
+}
+
+// pop returns the next packet to be delivered by now. The caller gives it back
+// with recycle.
+func (p *path) pop(now time.Duration) ([]byte, bool) {
+	p.advance(now)
+	if p.pipe.len() == 0 || p.pipe.head().at > now {
+		return nil, false
+	}
+	return p.pipe.pop().data, true
+}
+
+// next returns when pop or advance has something to do again. While a packet is
+// being sent it stands in the pipe, unless it is lost, so the queue alone
+// matters only when the pipe is empty.
+func (p *path) next() (time.Duration, bool) {
+	switch {
+	case p.pipe.len() > 0:
+		return p.pipe.head().at, true
+	case p.queue.len() > 0:
+		return p.free, true
+	}
+	return 0, false
+}
+
+func (p *path) buffer() []byte {
+	if n := len(p.spare); n > 0 {
+		b := p.spare[n-1]
+		p.spare = p.spare[:n-1]
+		return b
+	}
+	return make([]byte, 0, linkMTU)
+}
+
+func (p *path) recycle(b []byte) {
+	p.spare = append(p.spare, b[:0])
+}
+
+// lossModel loses packets independently, or in bursts after Gilbert: a good
+// state that loses nothing and a bad one that loses everything.
+type lossModel struct {
+	random *rand.Rand
+	enter  float64 // probability of a loss after an arrival
+	leave  float64 // probability of an arrival after a loss
+	bad    bool
+}
+
+func (l *lossModel) configure(loss, burst float64) {
+	if burst == 0 {
+		l.enter, l.leave = loss, 1-loss
+		return
+	}
+	l.leave = 1 / burst
+	l.enter = loss * l.leave / (1 - loss)
+}
+
+func (l *lossModel) lose() bool {
+	if l.bad {
+		l.bad = l.random.Float64() >= l.leave
+	} else {
+		l.bad = l.random.Float64() < l.enter
+	}
+	return l.bad
+}
+
+type timed struct {
+	at   time.Duration
+	data []byte
+}
+
+// fifo is a ring that grows by doubling.
+type fifo struct {
+	ring []timed
+	next int // index of the head
+	n    int
+}
+
+func (f *fifo) len() int { return f.n }
+
+func (f *fifo) head() timed { return f.ring[f.next] }
+
+func (f *fifo) push(t timed) {
+	if f.n == len(f.ring) {
+		grown := make([]timed, max(64, 2*f.n))
+		for i := range f.n {
+			grown[i] = f.ring[(f.next+i)%len(f.ring)]
+		}
+		f.ring, f.next = grown, 0
+	}
+	f.ring[(f.next+f.n)%len(f.ring)] = t
+	f.n++
+}
+
+func (f *fifo) pop() timed {
+	t := f.ring[f.next]
+	f.ring[f.next] = timed{}
+	f.next = (f.next + 1) % len(f.ring)
+	f.n--
+	return t
+}

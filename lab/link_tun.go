@@ -1,0 +1,228 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const tunDevice = "/dev/net/tun"
+
+// tun is a TUN device by the descriptor that keeps it alive.
+type tun struct {
+	name string
+	fd   int // non-blocking
+}
+
+// openTUN makes a TUN device in the network namespace of the calling thread.
+// Without a header of virtio-net the kernel hands over finished packets:
+// segmented, and with checksums.
+func openTUN(name string) (tun, error) {
+	fd, err := unix.Open(tunDevice, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return tun{}, fmt.Errorf("open %s: %w", tunDevice, err)
+	}
+	request, err := unix.NewIfreq(name)
+	if err == nil {
+		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, request)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return tun{}, fmt.Errorf("make TUN device %s: %w", name, err)
+	}
+	return tun{name, fd}, nil
+}
+
+// emulator carries packets between two TUN devices as LinkSettings say.
+type emulator struct {
+	directions [2]*direction
+
+	mu       sync.Mutex
+	settings LinkSettings
+	err      error // why the link does not run any more
+}
+
+// direction is one thread that reads packets of the site named from, lets path
+// decide and writes them to the other site. A single thread cannot reorder.
+type direction struct {
+	from    string
+	in, out tun
+	wake    int // eventfd: settings changed
+	epoch   time.Time
+
+	mu   sync.Mutex
+	path *path
+}
+
+// newEmulator makes a link between tuns[0] of the site sites[0] and tuns[1].
+func newEmulator(settings LinkSettings, sites [2]string, tuns [2]tun) (*emulator, error) {
+	e := &emulator{settings: settings}
+	epoch := time.Now()
+	for i, from := range sites {
+		wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+		if err != nil {
+			return nil, fmt.Errorf("make eventfd: %w", err)
+		}
+		e.directions[i] = &direction{
+			from: from, in: tuns[i], out: tuns[1-i], wake: wake, epoch: epoch,
+			path: newPath(settings, slices.Contains(settings.Cut, from), uint64(i)),
+		}
+	}
+	return e, nil
+}
+
+// run carries packets until a device fails.
+func (e *emulator) run() error {
+	var running sync.WaitGroup
+	for _, d := range e.directions {
+		running.Go(func() {
+			err := d.run()
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			e.err = errors.Join(e.err, fmt.Errorf("link from %s: %w", d.from, err))
+		})
+	}
+	running.Wait()
+	return e.err
+}
+
+func (e *emulator) change(c LinkChange) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	settings := c.ApplyTo(e.settings)
+	if err := settings.validate(); err != nil {
+		return err
+	}
+	e.settings = settings
+	for _, d := range e.directions {
+		d.update(func(now time.Duration) {
+			d.path.configure(now, settings, slices.Contains(settings.Cut, d.from))
+		})
+	}
+	return nil
+}
+
+func (e *emulator) state() (LinkState, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.err != nil {
+		return LinkState{}, e.err
+	}
+	state := LinkState{Settings: e.settings, Counters: map[string]LinkCounters{}}
+	state.Settings.Queue = e.settings.queue()
+	for _, d := range e.directions {
+		d.update(func(now time.Duration) {
+			d.path.advance(now)
+			state.Counters[d.from] = d.path.counters
+		})
+	}
+	return state, nil
+}
+
+func (e *emulator) resetCounters() {
+	for _, d := range e.directions {
+		d.update(func(now time.Duration) {
+			d.path.advance(now)
+			d.path.counters = LinkCounters{}
+		})
+	}
+}
+
+// update changes the direction between two steps of its thread and wakes it.
+func (d *direction) update(change func(now time.Duration)) {
+	d.mu.Lock()
+	change(time.Since(d.epoch))
+	d.mu.Unlock()
+	// A full counter means that a wake-up is pending already.
+	_, _ = unix.Write(d.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+}
+
+const (
+	// readBatch bounds how many packets are read before those that are due
+	// are delivered.
+	readBatch = 64
+	// tick is the least sleep while packets are under way. It delays a packet by
+	// so much at most, adds up to nothing since path counts in virtual
+	// time, and saves a wake-up for every packet of a fast link.
+	tick = 100 * time.Microsecond
+)
+
+func (d *direction) run() error {
+	runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+	buf := make([]byte, 1<<16)
+	waitFor := []unix.PollFd{
+		{Fd: int32(d.wake), Events: unix.POLLIN},
+		{Fd: int32(d.in.fd), Events: unix.POLLIN},
+	}
+	for {
+		d.mu.Lock()
+		err := d.receive(buf)
+		d.deliver()
+		next, busy := d.path.next()
+		d.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		if err := d.wait(waitFor, next, busy); err != nil {
+			return err
+		}
+	}
+}
+
+func (d *direction) deliver() {
+	for {
+		data, ok := d.path.pop(time.Since(d.epoch))
+		if !ok {
+			return
+		}
+		if _, err := unix.Write(d.out.fd, data); err != nil {
+			// The far interface is down: the wire ends in nothing.
+			d.path.counters.Dropped++
+		}
+		d.path.recycle(data)
+	}
+}
+
+func (d *direction) receive(buf []byte) error {
+	for range readBatch {
+		n, err := unix.Read(d.in.fd, buf)
+		switch {
+		case err == nil:
+			d.path.push(time.Since(d.epoch), buf[:n])
+		case errors.Is(err, unix.EAGAIN):
+			return nil
+		case errors.Is(err, unix.EINTR):
+		default:
+			return fmt.Errorf("read %s: %w", d.in.name, err)
+		}
+	}
+	return nil
+}
+
+// wait returns when a packet arrives, one is due, or update was called.
+func (d *direction) wait(fds []unix.PollFd, next time.Duration, busy bool) error {
+	var timeout *unix.Timespec
+	if busy {
+		left := max(next-time.Since(d.epoch), 0)
+		if left < tick {
+			// What arrives meanwhile is read right after.
+			fds, left = fds[:1], tick
+		}
+		spec := unix.NsecToTimespec(int64(left))
+		timeout = &spec
+	}
+	if _, err := unix.Ppoll(fds, timeout, nil); err != nil && !errors.Is(err, unix.EINTR) {
+		return fmt.Errorf("poll %s: %w", d.in.name, err)
+	}
+	if fds[0].Revents != 0 {
+		var counter [8]byte
+		_, _ = unix.Read(d.wake, counter[:])
+	}
+	return nil
+}
