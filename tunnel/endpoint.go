@@ -1,0 +1,295 @@
+package tunnel
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"golang.org/x/time/rate"
+)
+
+const (
+	protocol = "wanmig/1" // ALPN
+
+	// maxHandshakes is how many dialers may be in their handshake, or wait for
+	// Accept; above retryFrom of them a dialer first proves its address.
+	maxHandshakes = 64
+	retryFrom     = 16
+
+	// Refusals are logged once a second, after a burst.
+	refusalInterval = time.Second
+	refusalBurst    = 20
+)
+
+// Endpoint is an agent's UDP socket, from which it dials other agents and at
+// which it accepts their sessions.
+type Endpoint struct {
+	id        *Identity
+	trusted   func(ID) bool
+	log       *slog.Logger
+	socket    net.PacketConn
+	transport *quic.Transport
+	listener  *quic.Listener
+
+	handshakes atomic.Int64
+	refusals   *rate.Limiter
+	unlogged   atomic.Int64
+	callbacks  sync.WaitGroup // what runs when a connection ends
+
+	mu       sync.Mutex
+	sessions map[*Session]struct{}
+	closed   bool
+}
+
+// Listen opens the UDP address addr ("host:port"; without a host, all addresses
+// of both families). trusted says whose sessions are accepted; it is called for
+// each handshake, also concurrently. Refused peers are logged with their ID and
+// address.
+func Listen(addr string, id *Identity, trusted func(ID) bool, log *slog.Logger) (*Endpoint, error) {
+	local, err := net.ResolveUDPAddr("udp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", addr, err)
+	}
+	network := "udp"
+	if local.IP.To4() != nil { // else 0.0.0.0 would listen on IPv6 too
+		network = "udp4"
+	}
+	socket, err := net.ListenUDP(network, local)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", addr, err)
+	}
+	silenceBufferWarning()
+	e, err := newEndpoint(socket, id, trusted, log)
+	if err != nil {
+		socket.Close()
+		return nil, fmt.Errorf("listen on %s: %w", addr, err)
+	}
+	reportBuffers(socket, wantedBuffer, log)
+	return e, nil
+}
+
+func newEndpoint(socket net.PacketConn, id *Identity, trusted func(ID) bool, log *slog.Logger) (*Endpoint, error) {
+	resetKey, err := id.resetKey()
+	if err != nil {
+		return nil, err
+	}
+	e := &Endpoint{
+		id:       id,
+		trusted:  trusted,
+		log:      log,
+		socket:   socket,
+		refusals: rate.NewLimiter(rate.Every(refusalInterval), refusalBurst),
+		sessions: make(map[*Session]struct{}),
+	}
+	e.transport = &quic.Transport{
+		Conn:                socket,
+		StatelessResetKey:   (*quic.StatelessResetKey)(&resetKey),
+		VerifySourceAddress: func(net.Addr) bool { return e.handshakes.Load() >= retryFrom },
+		ConnContext:         e.admit,
+	}
+	tlsConfig := e.tlsConfig(trusted)
+	tlsConfig.ClientAuth = tls.RequireAnyClientCert
+	e.listener, err = e.transport.Listen(tlsConfig, quicConfig(-1))
+	if err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+// tlsConfig has both sides verify the key of the peer, and nothing else.
+func (e *Endpoint) tlsConfig(accept func(ID) bool) *tls.Config {
+	return &tls.Config{
+		Certificates:           []tls.Certificate{e.id.certificate},
+		MinVersion:             tls.VersionTLS13,
+		NextProtos:             []string{protocol},
+		SessionTicketsDisabled: true,
+		InsecureSkipVerify:     true, // the key decides, in VerifyConnection
+		VerifyConnection: func(state tls.ConnectionState) error {
+			id, ok := peerID(state)
+			if !ok || !accept(id) {
+				return &identityError{presented: id}
+			}
+			return nil
+		},
+	}
+}
+
+func peerID(state tls.ConnectionState) (ID, bool) {
+	if len(state.PeerCertificates) == 0 {
+		return "", false
+	}
+	key, ok := state.PeerCertificates[0].PublicKey.(ed25519.PublicKey)
+	if !ok {
+		return "", false
+	}
+	return idOf(key), true
+}
+
+type admissionKey struct{}
+
+// admission is the place that a dialer takes from its first packet until Accept.
+type admission struct{ leave func() bool }
+
+func (e *Endpoint) admit(ctx context.Context, dialer *quic.ClientInfo) (context.Context, error) {
+	if e.handshakes.Add(1) > maxHandshakes {
+		e.handshakes.Add(-1)
+		e.logRefusal("refused a dialer: too many handshakes", "addr", dialer.RemoteAddr, "limit", maxHandshakes)
+		return nil, ErrBusy
+	}
+	e.callbacks.Add(1)
+	stop := context.AfterFunc(ctx, func() {
+		defer e.callbacks.Done()
+		e.handshakes.Add(-1)
+		e.logHandshake(dialer.RemoteAddr, context.Cause(ctx))
+	})
+	leave := func() bool {
+		if !stop() {
+			return false
+		}
+		e.handshakes.Add(-1)
+		e.callbacks.Done()
+		return true
+	}
+	return context.WithValue(ctx, admissionKey{}, &admission{leave}), nil
+}
+
+// logHandshake logs why a handshake did not lead to a session.
+func (e *Endpoint) logHandshake(addr net.Addr, cause error) {
+	var unknown *identityError
+	var failed *quic.TransportError
+	switch {
+	case errors.As(cause, &unknown) && unknown.presented != "":
+		e.logRefusal("refused an agent that is not trusted", "peer", unknown.presented, "addr", addr,
+			"remedy", fmt.Sprintf("if it is one of yours: wanmig site add NAME --id %s", unknown.presented))
+	case errors.As(cause, &unknown):
+		e.logRefusal("refused a dialer without an Ed25519 key", "addr", addr)
+	case errors.As(cause, &failed) && failed.Remote && failed.ErrorCode == alertBadCert:
+		e.logRefusal("a dialer did not accept this agent's identity", "addr", addr, "id", e.id.ID())
+	case errors.As(cause, &failed) && failed.ErrorCode == alertNoApplication:
+		e.logRefusal("refused a dialer of another protocol version", "addr", addr, "protocol", protocol)
+	default:
+		e.log.Debug("handshake ended", "addr", addr, "cause", cause)
+	}
+}
+
+// logRefusal keeps strangers from filling the log.
+func (e *Endpoint) logRefusal(msg string, args ...any) {
+	if !e.refusals.Allow() {
+		e.unlogged.Add(1)
+		return
+	}
+	if n := e.unlogged.Swap(0); n > 0 {
+		args = append(args, "not_logged_before", n)
+	}
+	e.log.Warn(msg, args...)
+}
+
+// Accept returns the next session that a trusted agent has dialled. The dialer's
+// Dial succeeds when Accept has taken it up.
+func (e *Endpoint) Accept(ctx context.Context) (*Session, error) {
+	for {
+		conn, err := e.listener.Accept(ctx)
+		if errors.Is(err, net.ErrClosed) {
+			return nil, fmt.Errorf("accept session: %w", ErrClosed)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("accept session: %w", err)
+		}
+		if a, ok := conn.Context().Value(admissionKey{}).(*admission); !ok || !a.leave() {
+			continue // it ended while it waited, and was logged then
+		}
+		s, err := e.newSession(conn)
+		if err == nil {
+			err = greet(conn)
+		}
+		if err != nil {
+			e.log.Debug("session ended before it was accepted", "addr", conn.RemoteAddr(), "cause", err)
+			conn.CloseWithError(closeReason, "not accepted")
+			continue
+		}
+		return s, nil
+	}
+}
+
+func greet(conn *quic.Conn) error {
+	stream, err := conn.OpenUniStream()
+	if err != nil {
+		return fmt.Errorf("greet: %w", err)
+	}
+	if _, err := stream.Write([]byte{greetingVersion}); err != nil {
+		return fmt.Errorf("greet: %w", err)
+	}
+	return stream.Close()
+}
+
+// newSession keeps the session until it ends, so that Close can close it.
+func (e *Endpoint) newSession(conn *quic.Conn) (*Session, error) {
+	peer, ok := peerID(conn.ConnectionState().TLS)
+	if !ok {
+		return nil, &identityError{}
+	}
+	s := &Session{conn: conn, peer: peer}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return nil, ErrClosed
+	}
+	e.sessions[s] = struct{}{}
+	e.callbacks.Add(1)
+	context.AfterFunc(conn.Context(), func() {
+		defer e.callbacks.Done()
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		delete(e.sessions, s)
+	})
+	return s, nil
+}
+
+// Addr returns the local address.
+func (e *Endpoint) Addr() net.Addr { return e.socket.LocalAddr() }
+
+// Close tells the peers of all sessions that the agent stops, and closes the
+// socket. It returns when everything that the endpoint ran has ended.
+func (e *Endpoint) Close() error {
+	e.mu.Lock()
+	if e.closed {
+		e.mu.Unlock()
+		return nil
+	}
+	e.closed = true
+	open := make([]*Session, 0, len(e.sessions))
+	for s := range e.sessions {
+		open = append(open, s)
+	}
+	e.mu.Unlock()
+
+	const reason = "the agent is stopping"
+	err := e.listener.Close()
+	for { // dialers that nobody has accepted
+		conn, err := e.listener.Accept(context.Background())
+		if err != nil {
+			break
+		}
+		if a, ok := conn.Context().Value(admissionKey{}).(*admission); ok {
+			a.leave()
+		}
+		conn.CloseWithError(closeReason, reason)
+	}
+	for _, s := range open {
+		s.Close(reason)
+	}
+	err = errors.Join(err, e.transport.Close(), e.socket.Close())
+	e.callbacks.Wait()
+	if err != nil {
+		return fmt.Errorf("close endpoint: %w", err)
+	}
+	return nil
+}

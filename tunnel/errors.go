@@ -1,0 +1,88 @@
+package tunnel
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"unicode"
+
+	"github.com/quic-go/quic-go"
+)
+
+var (
+	// ErrUntrusted is returned by Dial when the agent that answers has another
+	// ID than the expected one.
+	ErrUntrusted = errors.New("the agent has another identity than expected")
+	// ErrRefused is returned by Dial when the agent that answers is the expected
+	// one but does not trust this agent.
+	ErrRefused = errors.New("the agent does not trust this one")
+	// ErrUnreachable is returned by Dial when nothing answers.
+	ErrUnreachable = errors.New("no agent answers")
+	// ErrVersion is returned by Dial when the peer speaks no common version.
+	ErrVersion = errors.New("no common protocol version")
+	// ErrBusy is returned by Dial when the peer takes no new sessions at the
+	// moment.
+	ErrBusy = errors.New("the agent takes no new sessions now")
+
+	// ErrClosed is returned when this side has closed the endpoint, session or
+	// channel.
+	ErrClosed = errors.New("closed")
+	// ErrClosedByPeer is returned when the peer has closed the session.
+	ErrClosedByPeer = errors.New("closed by peer")
+	// ErrLost is returned when the peer fell silent for IdleTimeout, or no
+	// longer knows the session.
+	ErrLost = errors.New("session lost")
+	// ErrReset is returned when the peer abandoned a channel.
+	ErrReset = errors.New("channel reset by peer")
+	// ErrFrameTooLarge is returned by Send for a frame above MaxFrame, and by
+	// Recv when the peer announces one.
+	ErrFrameTooLarge = errors.New("frame too large")
+	// ErrFormat is returned when the peer breaks the format of a header.
+	ErrFormat = errors.New("malformed header")
+)
+
+// Codes of a reset stream and of a closed connection, see the package's tables.
+const (
+	resetClosed      quic.StreamErrorCode = 1
+	resetFormat      quic.StreamErrorCode = 2
+	resetInterrupted quic.StreamErrorCode = 3
+
+	closeReason quic.ApplicationErrorCode = 0
+	closeFormat quic.ApplicationErrorCode = 1
+)
+
+// QUIC reports TLS alerts as 0x100 + alert (RFC 9001, section 4.8).
+const (
+	cryptoErrors       quic.TransportErrorCode = 0x100
+	alertBadCert                               = cryptoErrors + 42
+	alertNoApplication                         = cryptoErrors + 120
+)
+
+// identityError is the reason why a peer's certificate was not accepted.
+type identityError struct {
+	presented ID // empty when the certificate carries no Ed25519 key
+}
+
+func (e *identityError) Error() string {
+	if e.presented == "" {
+		return "the peer's certificate carries no Ed25519 key"
+	}
+	return fmt.Sprintf("the peer's ID %s is not accepted", e.presented)
+}
+
+const maxReason = 256
+
+// printable makes a reason fit for the wire and, coming from a peer, for a
+// terminal and a log.
+func printable(reason string) string {
+	if len(reason) > maxReason {
+		reason = reason[:maxReason]
+	}
+	reason = strings.ToValidUTF8(reason, "?")
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, reason)
+}
