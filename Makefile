@@ -1,9 +1,41 @@
 # wanmig: build, try, test, measure.
-GO ?= go
+#
+#   make demo    a VM crosses an emulated WAN with its disks     (root; installs what it needs)
+#   make test    everything, lab tests with real guests included (root; installs what it needs)
+#   make unit    what needs no privileges, in seconds
+
+GO      ?= go
 VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -X github.com/wanmig/wanmig/agent.Version=$(VERSION)
+export CGO_ENABLED = 0
 
-.PHONY: build
+.PHONY: deps build demo test unit lab lint bench clean
+
+deps:
+	sh scripts/deps.sh
+
 build:
-	CGO_ENABLED=0 $(GO) build -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/wanlab-guest ./lab/guest
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+	$(GO) build -trimpath -ldflags '-s -w' -o bin/wanlab-guest ./lab/guest
+
+demo: deps build
+	sh scripts/demo.sh
+
+test: deps build lint unit lab
+
+unit:
+	$(GO) test ./...
+
+lab: build
+	sh scripts/labtest.sh
+
+lint:
+	@fmt=$$(gofmt -l .); test -z "$$fmt" || { echo "gofmt would change: $$fmt"; exit 1; }
+	$(GO) vet ./...
+	$(GO) vet -tags lab ./...
+
+bench: deps build
+	sh scripts/bench.sh
+
+clean:
+	rm -rf bin

@@ -169,11 +169,12 @@ func awaitEnd(session *tunnel.Session) {
 func (e *Engine) checkIncoming(ctx context.Context, ask check) []Finding {
 	ctx, cancel := context.WithTimeout(ctx, 45*time.Second)
 	defer cancel()
-	spec := hypervisor.IncomingSpec{Name: ask.Name, UUID: ask.UUID, XML: ask.XML}
+	spec := hypervisor.IncomingSpec{SourceHost: ask.Host, XML: ask.XML}
 	for _, d := range ask.Disks {
-		spec.Disks = append(spec.Disks, d.spec())
+		spec.Disks = append(spec.Disks, hypervisor.IncomingDisk{Target: d.Target, Allocated: d.Allocated, DiskSpec: d.spec()})
 	}
-	findings := convert(e.Host.CheckIncoming(ctx, spec))
+	found, err := e.Host.CheckIncoming(ctx, spec)
+	findings := convert(found, err, "checks at the destination", "start libvirtd there: wanmig site check shows more")
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if other, taken := e.busy[ask.UUID]; taken {

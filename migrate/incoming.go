@@ -25,15 +25,16 @@ import (
 // takes one event after the other.
 type incoming struct {
 	*Engine
-	move    *Move
-	ask     prepare
-	session *tunnel.Session
-	ctl     *control
-	log     *slog.Logger
-	entry   handoff.Entry
-	virt    *hypervisor.Incoming
-	unwatch func()
-	events  chan inEvent
+	move             *Move
+	ask              prepare
+	session          *tunnel.Session
+	ctl              *control
+	log              *slog.Logger
+	entry            handoff.Entry
+	virt             *hypervisor.Incoming
+	unwatch          func()
+	ramPath, nbdPath string // QEMU's sockets
+	events           chan inEvent
 
 	work    sync.WaitGroup
 	disks   atomic.Int32  // that are not durable yet
@@ -98,6 +99,9 @@ func (in *incoming) run(ctx context.Context) {
 	in.drainEvents()
 	if in.unwatch != nil {
 		in.unwatch()
+	}
+	for _, socket := range []string{in.ramPath, in.nbdPath} {
+		_ = os.Remove(socket) // libvirt leaves some
 	}
 }
 
@@ -177,8 +181,8 @@ func (in *incoming) prepare(ctx context.Context) error {
 	if err := in.createDisks(ctx); err != nil {
 		return err
 	}
-	ram, nbdPath, err := hypervisor.DestinationSockets(in.ask.Move)
-	if err != nil {
+	var err error
+	if in.ramPath, in.nbdPath, err = in.Host.DestinationSockets(ctx, in.ask.Move, in.ask.Name); err != nil {
 		return err
 	}
 	if in.unwatch, err = in.Host.Watch(ctx, in.ask.UUID, in.domainEvent); err != nil {
@@ -191,7 +195,7 @@ func (in *incoming) prepare(ctx context.Context) error {
 		}
 	}
 	in.virt, err = in.Host.PrepareIn(ctx, hypervisor.InOptions{Name: in.ask.Name, XML: in.ask.XML, PersistXML: in.ask.PersistXML,
-		Cookie: in.ask.Cookie, RAMSocket: ram, NBDSocket: nbdPath, Disks: mirrored, Persist: in.ask.Persist, Paused: in.ask.Paused})
+		Cookie: in.ask.Cookie, RAMSocket: in.ramPath, NBDSocket: in.nbdPath, Disks: mirrored, Persist: in.ask.Persist, Paused: in.ask.Paused})
 	if err != nil {
 		return err
 	}
@@ -353,11 +357,7 @@ func (in *incoming) receiveDisk(ctx context.Context, d wireDisk, ch *tunnel.Chan
 		return err
 	}
 	defer closeDev()
-	target, err := blocksync.NewTarget(ctx, dev)
-	if err != nil {
-		return err
-	}
-	if err := target.Run(ctx, ch, ch); err != nil {
+	if err := blocksync.NewTarget(dev).Run(ctx, ch, ch); err != nil {
 		return err
 	}
 	if in.disks.Add(-1) == 0 {
@@ -368,18 +368,14 @@ func (in *incoming) receiveDisk(ctx context.Context, d wireDisk, ch *tunnel.Chan
 
 func (in *incoming) openDisk(ctx context.Context, d wireDisk) (nbd.Device, func() error, error) {
 	if d.Static {
-		f, err := nbd.OpenFile(d.Path, false)
+		f, err := openStatic(d.Path)
 		if err != nil {
 			return nil, nil, err
 		}
 		return f, f.Close, nil
 	}
-	_, path, err := hypervisor.DestinationSockets(in.ask.Move)
-	if err != nil {
-		return nil, nil, err
-	}
 	var dialer net.Dialer
-	conn, err := dialer.DialContext(ctx, "unix", path)
+	conn, err := dialer.DialContext(ctx, "unix", in.nbdPath)
 	if err != nil {
 		return nil, nil, fmt.Errorf("connect to QEMU's NBD server: %w", err)
 	}
@@ -397,13 +393,9 @@ func (in *incoming) openDisk(ctx context.Context, d wireDisk) (nbd.Device, func(
 
 // receiveMemory feeds the RAM stream to QEMU. Its tail waits for the disks.
 func (in *incoming) receiveMemory(ctx context.Context, ch *tunnel.Channel) error {
-	path, _, err := hypervisor.DestinationSockets(in.ask.Move)
-	if err != nil {
-		return err
-	}
 	dial := func(ctx context.Context) (io.ReadWriteCloser, error) {
 		var d net.Dialer
-		return d.DialContext(ctx, "unix", path)
+		return d.DialContext(ctx, "unix", in.ramPath)
 	}
 	return memsync.NewDest(memsync.DestConfig{Frames: ch, Return: ch, Dial: dial, Gate: in.awaitDurable}).Run(ctx)
 }

@@ -52,31 +52,32 @@ func (sy *syncer) meter() {
 // show takes the counts of every part into the status.
 func (sy *syncer) show(gauges []gauge, stream, wire, drain *gauge) {
 	now := time.Now()
-	mem := sy.memory.Stats()
+	mem := sy.memoryStats()
 	link := sy.s.session.Stats()
 	disks := make([]Disk, len(sy.disks))
-	var pending, left, sent int64
+	var left, sent int64
 	for i, d := range sy.disks {
 		o := d.outbox.Stats()
-		disks[i] = Disk{Target: d.Target, Size: d.Size, Read: o.Read, Pending: o.Pending, Spooled: o.Spooled,
-			Done: o.Applied, Sent: o.Sent, Wire: o.Wire, Rate: gauges[i].add(o.Applied, now), Problem: o.Problem}
-		pending += o.Pending
+		disks[i] = Disk{Target: d.Target, Size: d.Size, Read: o.Accepted, Pending: o.Pending(), Spooled: o.PendingSpool,
+			Done: o.Applied, Sent: o.SentData, Wire: o.Wire, Rate: gauges[i].add(o.Applied, now)}
+		if o.SpoolProblem != nil {
+			disks[i].Problem = o.SpoolProblem.Error()
+		}
 		left += max(0, d.Size-o.Applied)
-		sent += o.Drained
+		sent += o.SentData
 	}
 	sy.diskRate.Store(drain.add(sent, now))
 	sy.s.move.update(func(st *Status) {
 		st.Disks = disks
-		st.Memory.Size, st.Memory.Stream, st.Memory.Wire = mem.RAM, mem.Stream, mem.Wire
-		st.Memory.Rate = stream.add(mem.Stream, now)
+		st.Memory.Size, st.Memory.Stream, st.Memory.Wire = int64(mem.RAMBytes), int64(mem.StreamBytes), int64(mem.WireBytes)
+		st.Memory.Rate = stream.add(int64(mem.StreamBytes), now)
 		st.Memory.Opaque = mem.Opaque
-		st.Memory.Held = mem.RAM > 0 && st.Phase == PhaseSync && !memoryMayRead(sy.load())
-		if mem.Stream > 0 && st.Memory.Round == 0 {
+		st.Memory.Held = mem.RAMBytes > 0 && st.Phase == PhaseSync && !memoryMayRead(sy.load())
+		if mem.StreamBytes > 0 && st.Memory.Round == 0 {
 			st.Memory.Round = 1
 		}
-		st.Memory.Remaining = max(st.Memory.Remaining, 0)
 		if st.Memory.Round <= 1 {
-			st.Memory.Remaining = mem.FirstPassLeft
+			st.Memory.Remaining = int64(mem.UnseenPages * mem.PageSize)
 		}
 		st.Link = Link{Sent: link.BytesSent, Received: link.BytesReceived, Rate: wire.add(int64(link.BytesSent), now),
 			RTTMS: float64(link.RTT.Microseconds()) / 1000}

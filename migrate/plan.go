@@ -122,11 +122,15 @@ func unusedNetworks(dom *hypervisor.Domain, networks map[string]string) error {
 	return nil
 }
 
-// convert takes the hypervisor's findings into ours.
-func convert(from []hypervisor.Finding) []Finding {
-	out := make([]Finding, len(from))
-	for i, f := range from {
-		out[i] = Finding{Check: f.Check, Problem: f.Problem, Remedy: f.Remedy, Fatal: f.Fatal}
+// convert takes the hypervisor's findings into ours. What kept it from looking
+// is a finding as well.
+func convert(from []hypervisor.Finding, err error, check, remedy string) []Finding {
+	out := make([]Finding, 0, len(from)+1)
+	for _, f := range from {
+		out = append(out, Finding{Check: f.Check, Problem: f.Problem, Remedy: f.Remedy, Fatal: f.Level == hypervisor.Fatal})
+	}
+	if err != nil {
+		out = append(out, Finding{Check: check, Problem: err.Error(), Remedy: remedy, Fatal: true})
 	}
 	return out
 }

@@ -25,8 +25,10 @@ type source struct {
 	ctl       *control
 	answers   chan answer // what the destination says once it is prepared; closed with the session
 	listening bool        // answers is being fed
+	aborted   bool        // the destination has said that it cleaned up
 	plan      plan
 	out       *hypervisor.Outgoing
+	downtime  Downtime
 }
 
 // answer is a control message of the destination.
@@ -91,7 +93,8 @@ func (s *source) check(ctx context.Context) error {
 	if s.plan, err = makePlan(s.dom, s.req); err != nil {
 		return err
 	}
-	findings := append(s.plan.findings, convert(s.Host.CheckOutgoing(ctx, s.dom))...)
+	found, err := s.Host.CheckOutgoing(ctx, s.dom)
+	findings := append(s.plan.findings, convert(found, err, "checks at the source", "look at libvirtd here")...)
 	there, err := s.checkThere(ctx)
 	if err != nil {
 		findings = append(findings, Finding{Check: "destination", Problem: err.Error(),
@@ -122,7 +125,11 @@ func (s *source) checkThere(ctx context.Context) ([]Finding, error) {
 	if err != nil {
 		return nil, err
 	}
-	ask := check{Name: s.dom.Name, UUID: s.dom.UUID, Memory: s.dom.MemoryBytes, XML: xml, Disks: s.plan.disks}
+	info, err := s.Host.Info(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ask := check{Host: info.UUID, Name: s.dom.Name, UUID: s.dom.UUID, XML: xml, Disks: s.plan.disks}
 	if err := s.ctl.send(ctx, kindCheck, ask); err != nil {
 		return nil, err
 	}

@@ -59,6 +59,7 @@ type Disk struct {
 	Pending int64  `json:"pending"` // in the outbox
 	Spooled int64  `json:"spooled"` // the part of pending that lies in the spool file
 	Done    int64  `json:"done"`    // written at the destination, holes included
+	Sent    int64  `json:"sent"`    // content sent, before reduction, without holes
 	Wire    int64  `json:"wire"`    // sent, after reduction
 	Rate    int64  `json:"rate"`    // done per second
 	Problem string `json:"problem,omitempty"`

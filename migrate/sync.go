@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,7 +26,8 @@ type syncer struct {
 	work    sync.WaitGroup
 	budget  *blocksync.Budget
 	disks   []*outgoingDisk
-	memory  *memsync.Source
+	memory  atomic.Pointer[memsync.Source] // nil until QEMU begins with memory
+	strict  bool                           // of the memory goroutine
 	unwatch func()
 
 	memoryDone chan error     // the memory stream's end
@@ -53,10 +52,8 @@ type performed struct {
 // startSync opens the channels and the two sockets and starts everything.
 func (s *source) startSync(parent context.Context, cookie []byte) (*syncer, error) {
 	ctx, fail := context.WithCancelCause(parent)
-	sy := &syncer{s: s, ctx: ctx, fail: fail, memoryDone: make(chan error, 1), performed: make(chan performed, 1),
-		budget: blocksync.NewBudget(s.Memory, s.Spool, s.SpoolMax)}
-	err := sy.start(cookie)
-	if err != nil {
+	sy := &syncer{s: s, ctx: ctx, fail: fail, memoryDone: make(chan error, 1), performed: make(chan performed, 1)}
+	if err := sy.start(cookie); err != nil {
 		sy.stop()
 		return nil, err
 	}
@@ -65,24 +62,30 @@ func (s *source) startSync(parent context.Context, cookie []byte) (*syncer, erro
 
 func (sy *syncer) start(cookie []byte) error {
 	s := sy.s
-	ramPath, nbdPath, err := hypervisor.SourceSockets(s.entry.Move)
+	ramPath, nbdPath, err := s.Host.SourceSockets(sy.ctx, s.entry.Move, s.dom.Name)
 	if err != nil {
 		return err
 	}
-	ram, err := listenUnix(ramPath)
+	ram, err := s.Host.Listen(sy.ctx, ramPath)
 	if err != nil {
 		return err
 	}
 	context.AfterFunc(sy.ctx, func() { ram.Close() })
-	nbdListener, err := listenUnix(nbdPath)
+	nbdListener, err := s.Host.Listen(sy.ctx, nbdPath)
 	if err != nil {
 		return err
 	}
 	context.AfterFunc(sy.ctx, func() { nbdListener.Close() })
 
+	if sy.budget, err = blocksync.NewBudget(s.Memory, s.Spool, s.SpoolMax); err != nil {
+		return err
+	}
 	exports := map[string]nbd.Export{}
 	for _, d := range s.plan.disks {
-		disk := &outgoingDisk{wireDisk: d, outbox: blocksync.NewOutbox(d.Size, sy.budget)}
+		disk := &outgoingDisk{wireDisk: d}
+		if disk.outbox, err = blocksync.NewOutbox(d.Size, sy.budget); err != nil {
+			return fmt.Errorf("disk %s: %w", d.Target, err)
+		}
 		sy.disks = append(sy.disks, disk)
 		if disk.ch, err = s.session.Open(sy.ctx, "disk/"+d.Target, tunnel.Disk); err != nil {
 			return err
@@ -104,8 +107,7 @@ func (sy *syncer) start(cookie []byte) error {
 	if sy.unwatch, err = s.Host.Watch(sy.ctx, s.dom.UUID, sy.event); err != nil {
 		return err
 	}
-	sy.memory = memsync.NewSource(memsync.SourceConfig{Frames: memory, Return: memory, Pace: sy.pace, OnTail: sy.seal})
-	sy.work.Go(func() { sy.memoryDone <- sy.stream(ram) })
+	sy.work.Go(func() { sy.memoryDone <- sy.stream(ram, memory) })
 	sy.work.Go(func() {
 		cookie, err := s.out.Perform(sy.ctx, cookie, ramPath, nbdPath)
 		sy.performed <- performed{cookie, err}
@@ -123,33 +125,17 @@ func (sy *syncer) run(what string, part func() error) {
 	})
 }
 
-// listenUnix listens on a socket for the local QEMU. A socket left by an agent
-// that was killed is replaced: the move's ID in its name is never used twice.
-func listenUnix(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("listen for QEMU: %w", err)
-	}
-	_ = os.Remove(path)
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, fmt.Errorf("listen for QEMU: %w", err)
-	}
-	if err := os.Chmod(path, 0o666); err != nil { // QEMU may run as another user; the folder is libvirt's
-		l.Close()
-		return nil, fmt.Errorf("listen for QEMU: %w", err)
-	}
-	return l, nil
-}
-
 // stream passes QEMU's memory to the destination.
-func (sy *syncer) stream(l net.Listener) error {
+func (sy *syncer) stream(l net.Listener, ch *tunnel.Channel) error {
 	conn, err := l.Accept()
 	if err != nil {
 		return memsync.ErrAborted // Perform ended before memory began, and says why
 	}
 	l.Close()
 	sy.notePeak()
-	err = sy.memory.Run(sy.ctx, conn)
+	memory := memsync.NewSource(memsync.SourceConfig{QEMU: conn, Frames: ch, Return: ch, Pace: sy.pace, OnTail: sy.seal})
+	sy.memory.Store(memory)
+	err = memory.Run(sy.ctx)
 	if err != nil && !errors.Is(err, memsync.ErrAborted) && sy.ctx.Err() == nil {
 		sy.fail(fmt.Errorf("memory: %w", err))
 	}
@@ -158,6 +144,7 @@ func (sy *syncer) stream(l net.Listener) error {
 
 // pace holds the memory stream back while the disks need the link.
 func (sy *syncer) pace(ctx context.Context, _ int) error {
+	sy.guardOpaque()
 	for sy.stopAt.Load() == 0 && !memoryMayRead(sy.load()) {
 		select {
 		case <-ctx.Done():
@@ -168,17 +155,37 @@ func (sy *syncer) pace(ctx context.Context, _ int) error {
 	return nil
 }
 
+// guardOpaque makes the mirrors' flushes wait for the destination when the
+// memory stream is not understood: its tail is not held back there then.
+func (sy *syncer) guardOpaque() {
+	if !sy.memoryStats().Opaque || sy.strict {
+		return
+	}
+	sy.strict = true
+	sy.s.log.Warn("QEMU's stream is not understood: the handoff takes longer, the move is safe")
+	for _, d := range sy.disks {
+		d.outbox.Strict(true)
+	}
+}
+
+func (sy *syncer) memoryStats() memsync.Stats {
+	if m := sy.memory.Load(); m != nil {
+		return m.Stats()
+	}
+	return memsync.Stats{} // memory has not begun
+}
+
 func (sy *syncer) load() load {
-	m := sy.memory.Stats()
+	m := sy.memoryStats()
 	return load{DiskPending: sy.pending(), DiskPeak: sy.peak.Load(), DiskRate: float64(sy.diskRate.Load()),
-		FirstPassLeft: m.FirstPassLeft, RAM: m.RAM}
+		FirstPassLeft: int64(m.UnseenPages * m.PageSize), RAM: int64(m.RAMBytes)}
 }
 
 // pending is what the outboxes hold.
 func (sy *syncer) pending() int64 {
 	var n int64
 	for _, d := range sy.disks {
-		n += d.outbox.Stats().Pending
+		n += d.outbox.Stats().Pending()
 	}
 	return n
 }
@@ -282,29 +289,7 @@ func (sy *syncer) stop() {
 		sy.unwatch()
 	}
 	sy.work.Wait()
-	for _, d := range sy.disks {
-		d.outbox.Close()
+	if sy.budget != nil {
+		sy.budget.Close()
 	}
-	sy.budget.Close()
-}
-
-// copyStatic puts an image that does not change, a CD-ROM, into an outbox.
-func copyStatic(ctx context.Context, path string, to *blocksync.Outbox) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	buf := make([]byte, 1<<20)
-	for off := int64(0); off < to.Size(); off += int64(len(buf)) {
-		n := min(int64(len(buf)), to.Size()-off)
-		if _, err := f.ReadAt(buf[:n], off); err != nil {
-			return fmt.Errorf("read %s: %w", path, err)
-		}
-		if err := to.WriteAt(ctx, buf[:n], off, false); err != nil {
-			return err
-		}
-	}
-	to.Seal()
-	return nil
 }

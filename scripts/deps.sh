@@ -1,0 +1,30 @@
+#!/bin/sh
+# Installs from Debian what building and the lab need, and nothing that starts a service on the host.
+set -eu
+cd "$(dirname "$0")/.."
+
+packages="qemu-system-x86 qemu-utils libvirt-daemon libvirt-clients busybox-static libnbd-bin ovmf iproute2 e2fsprogs cpio kmod git ca-certificates"
+missing=""
+for p in $packages; do
+	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $p"
+done
+if [ -n "$missing" ]; then
+	if [ "$(id -u)" != 0 ]; then
+		echo "make deps: these packages are missing, install them as root: apt-get install --no-install-recommends$missing" >&2
+		exit 1
+	fi
+	echo "installing:$missing"
+	apt-get update -q >/dev/null
+	# libvirt-daemon has no service of its own (that is libvirt-daemon-system): nothing is started.
+	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $missing >/dev/null
+fi
+
+# Any Go from 1.21 on fetches the toolchain that go.mod names.
+if ! go version >/dev/null 2>&1; then
+	if ! apt-cache policy | grep -q bookworm-backports; then
+		echo "make deps: Go 1.21 or newer is needed: add bookworm-backports to apt's sources, or install Go from its own site" >&2
+		exit 1
+	fi
+	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends -t bookworm-backports golang-go >/dev/null
+fi
+go mod download
