@@ -1,0 +1,337 @@
+package blocksync
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/wanmig/wanmig/blocksync/nbd"
+	"github.com/wanmig/wanmig/compress"
+)
+
+// progressInterval is how often the source learns what was applied.
+const progressInterval = 200 * time.Millisecond
+
+// Target writes a disk at the destination.
+type Target struct {
+	dev     nbd.Device
+	known   bitmap // blocks that read as zeros
+	durable chan struct{}
+
+	applied, written, zeroed, skipped atomic.Int64
+}
+
+// TargetStats counts bytes of one disk at the destination.
+type TargetStats struct {
+	Size    int64
+	Applied int64 // of the source's content and zeros, done: the sum of the other three
+	Written int64 // written as content
+	Zeroed  int64 // asked of the device as zeros
+	Skipped int64 // zeros where the disk had zeros already
+}
+
+// NewTarget makes the receiver for a disk. When dev tells its block status,
+// zeros are not written where it has zeros, so that a thin disk stays thin.
+func NewTarget(dev nbd.Device) *Target {
+	return &Target{
+		dev:     dev,
+		known:   newBitmap((dev.Size() + blockSize - 1) / blockSize),
+		durable: make(chan struct{}),
+	}
+}
+
+// Durable is closed when the whole disk is on stable storage.
+func (t *Target) Durable() <-chan struct{} { return t.durable }
+
+// Stats returns the counters of this moment.
+func (t *Target) Stats() TargetStats {
+	return TargetStats{
+		Size:    t.dev.Size(),
+		Applied: t.applied.Load(),
+		Written: t.written.Load(),
+		Zeroed:  t.zeroed.Load(),
+		Skipped: t.skipped.Load(),
+	}
+}
+
+// Run applies frames until the final barrier is durable. It returns any other
+// end as an error, and has told it to the source then.
+func (t *Target) Run(ctx context.Context, frames frameReader, acks frameWriter) error {
+	err := t.run(ctx, frames, acks)
+	if err != nil && ctx.Err() == nil {
+		// When the source can't be told, the channel's end tells it.
+		_ = acks.Send(ctx, appendFailure(nil, explain(err)))
+	}
+	return err
+}
+
+// explain adds what an operator may do.
+func explain(err error) string {
+	if errors.Is(err, syscall.ENOSPC) {
+		return err.Error() + ": free space on the destination's storage and start the move again"
+	}
+	return err.Error()
+}
+
+func (t *Target) run(ctx context.Context, frames frameReader, acks frameWriter) error {
+	buf, err := frames.Recv(ctx, nil)
+	if err != nil {
+		return fmt.Errorf("receive open: %w", err)
+	}
+	size, err := parseOpen(buf)
+	if err != nil {
+		return err
+	}
+	if size != uint64(t.dev.Size()) {
+		return fmt.Errorf("%w: the source's disk has %d bytes, the destination's %d", ErrFrame, size, t.dev.Size())
+	}
+	if err := t.learnZeros(ctx); err != nil {
+		return err
+	}
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	var reporter sync.WaitGroup
+	reporter.Go(func() {
+		if err := t.report(ctx, acks); err != nil {
+			cancel(fmt.Errorf("report progress: %w", err))
+		}
+	})
+	w := newWriters(ctx, cancel)
+	err = t.receive(ctx, frames, acks, w, buf)
+	if failed := w.wait(); failed != nil {
+		err = failed
+	} else if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	cancel(nil)
+	reporter.Wait()
+	return err
+}
+
+// learnZeros asks the device where it has zeros: everywhere on a new disk.
+func (t *Target) learnZeros(ctx context.Context) error {
+	dev, ok := t.dev.(interface {
+		BlockStatus(ctx context.Context, off, n int64) ([]nbd.Extent, error)
+	})
+	if !ok {
+		return nil
+	}
+	const step = 1 << 30
+	size := t.dev.Size()
+	var zeros extent // adjacent ones, together
+	for off := int64(0); off < size; {
+		list, err := dev.BlockStatus(ctx, off, min(step, size-off))
+		if errors.Is(err, syscall.ENOTSUP) {
+			return nil // zeros are written, then
+		}
+		if err != nil {
+			return fmt.Errorf("ask for the new disk's block status at %d: %w", off, err)
+		}
+		start := off
+		for _, e := range list {
+			if e.Offset != off || e.Length <= 0 || e.Length > size-off {
+				return fmt.Errorf("block status at %d: extent of %d bytes at %d", off, e.Length, e.Offset)
+			}
+			if e.Zero {
+				if zeros.end() != off {
+					zeros = extent{offset: off}
+				}
+				zeros.length += e.Length
+				t.remember(zeros)
+			}
+			off += e.Length
+		}
+		if off == start {
+			return fmt.Errorf("block status at %d: no extent", off)
+		}
+	}
+	return nil
+}
+
+// remember marks the blocks that lie wholly in e as zeros.
+func (t *Target) remember(e extent) {
+	from, to := (e.offset+blockSize-1)/blockSize, e.end()/blockSize
+	if e.end() == t.dev.Size() {
+		to = (e.end() + blockSize - 1) / blockSize
+	}
+	t.known.set(from, to)
+}
+
+// report tells the source now and then how far the disk is.
+func (t *Target) report(ctx context.Context, acks frameWriter) error {
+	tick := time.NewTicker(progressInterval)
+	defer tick.Stop()
+	var last int64
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		applied := t.applied.Load()
+		if applied == last {
+			continue
+		}
+		last = applied
+		if err := acks.Send(ctx, appendProgress(nil, uint64(applied))); err != nil {
+			return err
+		}
+	}
+}
+
+// receive takes frames until the final barrier.
+func (t *Target) receive(ctx context.Context, frames frameReader, acks frameWriter, w *writers, buf []byte) error {
+	for {
+		var err error
+		if buf, err = frames.Recv(ctx, buf); err != nil {
+			if errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return fmt.Errorf("receive blocks: %w", err)
+		}
+		if len(buf) < 2 || len(buf) > maxFrame {
+			return fmt.Errorf("%w: %d bytes", ErrFrame, len(buf))
+		}
+		body := buf[1:]
+		switch buf[0] {
+		case frameData:
+			err = t.data(w, body)
+		case frameZero:
+			err = t.zero(w, body)
+		case frameBarrier:
+			var id uint64
+			var final bool
+			if id, final, err = parseBarrier(body); err != nil {
+				return err
+			}
+			if err := t.barrier(ctx, w, acks, id, final); err != nil || final {
+				return err
+			}
+		default:
+			err = fmt.Errorf("%w: type %d from the source", ErrFrame, buf[0])
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// barrier makes everything before it durable and says so.
+func (t *Target) barrier(ctx context.Context, w *writers, acks frameWriter, id uint64, final bool) error {
+	if err := w.wait(); err != nil {
+		return err
+	}
+	if err := t.dev.Flush(ctx); err != nil {
+		return fmt.Errorf("flush the disk: %w", err)
+	}
+	if final {
+		close(t.durable)
+	}
+	if err := acks.Send(ctx, appendDurable(nil, id, uint64(t.applied.Load()))); err != nil {
+		return fmt.Errorf("confirm barrier: %w", err)
+	}
+	return nil
+}
+
+// data applies a data frame.
+func (t *Target) data(w *writers, body []byte) error {
+	for len(body) > 0 {
+		e, rest, err := nextData(body, t.dev.Size())
+		if err != nil {
+			return err
+		}
+		body = rest
+		where := extent{e.offset, int64(e.size)}
+		buf := w.begin(where)
+		if *buf, err = compress.Decode((*buf)[:0], e.method, e.payload, e.size); err != nil {
+			w.end(where, buf, nil)
+			return fmt.Errorf("%d bytes at %d: %w", e.size, e.offset, err)
+		}
+		pieces := t.pieces(where, *buf)
+		w.run(where, buf, func() error {
+			for _, p := range pieces {
+				if err := t.dev.WriteAt(w.ctx, (*buf)[p.offset-where.offset:p.end()-where.offset], p.offset, false); err != nil {
+					return fmt.Errorf("write %d bytes at %d: %w", p.length, p.offset, err)
+				}
+				t.written.Add(p.length)
+				t.applied.Add(p.length)
+			}
+			return nil
+		})
+	}
+	return nil
+}
+
+// page is the smallest hole that a file system makes.
+const page = 4 << 10
+
+// pieces returns what of content must be written: all of it, but for pages of
+// zeros in blocks that are zero already. Those blocks are no longer known to be.
+func (t *Target) pieces(where extent, content []byte) []extent {
+	var list []extent
+	for off := where.offset; off < where.end(); {
+		unit := int64(blockSize)
+		known := t.known.get(off / blockSize)
+		if known {
+			unit = page
+		}
+		end := min(off/unit*unit+unit, where.end())
+		if part := content[off-where.offset : end-where.offset]; known && isZero(part) {
+			t.skipped.Add(end - off)
+			t.applied.Add(end - off)
+		} else {
+			list = appendExtent(list, extent{off, end - off}, maxExtent)
+		}
+		off = end
+	}
+	for _, p := range list {
+		t.known.clear(p.offset/blockSize, (p.end()+blockSize-1)/blockSize)
+	}
+	return list
+}
+
+// maxZero bounds one request for zeros, which some devices write out.
+const maxZero = 256 << 20
+
+// zero applies a zero frame.
+func (t *Target) zero(w *writers, body []byte) error {
+	for len(body) > 0 {
+		e, rest, err := nextZero(body, t.dev.Size())
+		if err != nil {
+			return err
+		}
+		body = rest
+		for e.length > 0 {
+			first, last := e.offset/blockSize, (e.end()+blockSize-1)/blockSize
+			if end := min(t.known.nextClear(first, last)*blockSize, e.end()); end > e.offset {
+				t.skipped.Add(end - e.offset)
+				t.applied.Add(end - e.offset)
+				e = extent{end, e.end() - end}
+				continue
+			}
+			end := min(t.known.nextSet(first, last)*blockSize, e.end(), e.offset+maxZero)
+			t.fill(w, extent{e.offset, end - e.offset})
+			e = extent{end, e.end() - end}
+		}
+	}
+	return nil
+}
+
+// fill asks the device for zeros, and for holes where it can.
+func (t *Target) fill(w *writers, e extent) {
+	buf := w.begin(e)
+	t.remember(e)
+	w.run(e, buf, func() error {
+		if err := t.dev.Zero(w.ctx, e.offset, e.length, nbd.ZeroFlags{}); err != nil {
+			return fmt.Errorf("zero %d bytes at %d: %w", e.length, e.offset, err)
+		}
+		t.zeroed.Add(e.length)
+		t.applied.Add(e.length)
+		return nil
+	})
+}
