@@ -1,0 +1,338 @@
+package memsync
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"hash/crc32"
+	"io"
+	"net"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+// landing is a Dest with a destination QEMU played by the test.
+type landing struct {
+	qemu            *net.UnixConn
+	frames, returns *channel
+	done            chan error
+	dest            *Dest
+}
+
+func land(t *testing.T, gate func(context.Context) error) *landing {
+	t.Helper()
+	qemu, ours := unixPair(t)
+	l := &landing{qemu: qemu, frames: newChannel(), returns: newChannel(), done: make(chan error, 1)}
+	l.returns.frames = make(chan []byte, 4096)
+	l.dest = NewDest(DestConfig{Frames: l.frames, Return: l.returns, Dial: dialTo(ours), Gate: gate})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	go func() { l.done <- l.dest.Run(ctx) }()
+	t.Cleanup(cancel)
+	qemu.SetDeadline(time.Now().Add(time.Minute))
+	return l
+}
+
+func (l *landing) send(t *testing.T, frames ...[]byte) {
+	t.Helper()
+	for _, f := range frames {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		err := l.frames.Send(ctx, f)
+		cancel()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func (l *landing) expect(t *testing.T, want string) {
+	t.Helper()
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(l.qemu, got); err != nil || string(got) != want {
+		t.Fatalf("QEMU got %q (%v), want %q", got, err, want)
+	}
+}
+
+// wrote waits until Dest knows that QEMU took n bytes.
+func (l *landing) wrote(n uint64) {
+	for {
+		l.dest.mu.Lock()
+		written := l.dest.written
+		l.dest.mu.Unlock()
+		if written == n {
+			return
+		}
+		runtime.Gosched()
+	}
+}
+
+var startFrame = []byte{frameStart, 0, Version}
+
+func bytesFrame(p []byte) []byte {
+	b := newBatch()
+	b.addBytes(p)
+	return bytes.Clone(b.seal(crc32.Checksum(p, castagnoli)))
+}
+
+func endFrame(n int) []byte {
+	return binary.BigEndian.AppendUint64([]byte{frameEnd}, uint64(n))
+}
+
+func TestGateHoldsTail(t *testing.T) {
+	gate := make(chan struct{})
+	called := make(chan struct{})
+	l := land(t, func(ctx context.Context) error {
+		close(called)
+		select {
+		case <-gate:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	})
+	l.send(t, startFrame, bytesFrame([]byte("memory")))
+	l.expect(t, "memory")
+	select {
+	case <-called:
+		t.Fatal("the gate was asked before the tail")
+	default:
+	}
+	l.send(t, []byte{frameTail}, bytesFrame([]byte("device ")), bytesFrame([]byte("state")), endFrame(18))
+	<-called
+	l.qemu.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	if n, err := l.qemu.Read(make([]byte, 1)); n != 0 || err == nil {
+		t.Fatalf("QEMU got %d bytes before the gate opened", n)
+	}
+	l.qemu.SetReadDeadline(time.Now().Add(time.Minute))
+	close(gate)
+	l.expect(t, "device state")
+	if n, err := l.qemu.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatalf("after the end QEMU reads %d bytes, %v", n, err)
+	}
+	l.qemu.Write(append(bytes.Clone(pong), shutMessage...))
+	l.qemu.Close()
+	if err := <-l.done; err != nil {
+		t.Fatal(err)
+	}
+	l.returns.closeSend()
+	var told []byte
+	for f := range l.returns.frames {
+		if f[0] != frameReturn {
+			t.Fatalf("return frame of type %#02x", f[0])
+		}
+		told = append(told, f[1:]...)
+	}
+	if want := append(bytes.Clone(pong), shutMessage...); !bytes.Equal(told, want) {
+		t.Errorf("the source is told %x, want %x", told, want)
+	}
+}
+
+// A tail beyond its bound waits for the gate, and keeps its order.
+func TestLongTail(t *testing.T) {
+	gate := make(chan struct{})
+	var got []byte
+	tail := newTail(func() error { <-gate; return nil },
+		func(p []byte) error { got = append(got, p...); return nil },
+		func(err error) { t.Errorf("cancelled: %v", err) })
+	piece := bytes.Repeat([]byte("state"), 1<<18)
+	n := 0
+	for tail.hold(piece) {
+		n++
+	}
+	if n != maxTail/len(piece) {
+		t.Fatalf("%d pieces of %d bytes were held", n, len(piece))
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := tail.put(ctx, piece); !errors.Is(err, context.Canceled) {
+		t.Fatalf("one more was taken: %v", err)
+	}
+	close(gate)
+	if err := tail.put(t.Context(), []byte("the end")); err != nil {
+		t.Fatal(err)
+	}
+	tail.wait()
+	if want := append(bytes.Repeat(piece, n), "the end"...); !bytes.Equal(got, want) {
+		t.Errorf("%d bytes were written, want %d in order", len(got), len(want))
+	}
+}
+
+func TestGateFails(t *testing.T) {
+	boom := errors.New("boom")
+	l := land(t, func(context.Context) error { return boom })
+	l.send(t, startFrame, bytesFrame([]byte("memory")), []byte{frameTail}, bytesFrame([]byte("state")))
+	if err := <-l.done; !errors.Is(err, boom) {
+		t.Fatalf("Run: %v", err)
+	}
+	if got, _ := io.ReadAll(l.qemu); string(got) != "memory" {
+		t.Errorf("QEMU got %q", got)
+	}
+}
+
+func TestQEMUFails(t *testing.T) {
+	for name, c := range map[string]struct {
+		last []byte // QEMU's last words
+		want string
+	}{
+		"without SHUT":       {pong, "destination QEMU closed the RAM stream after 6 bytes"},
+		"with a failed SHUT": {failed, "status 1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := land(t, open)
+			l.send(t, startFrame, bytesFrame([]byte("memory")))
+			l.expect(t, "memory")
+			l.wrote(6)
+			l.qemu.Write(c.last)
+			l.qemu.Close()
+			if err := <-l.done; !errors.Is(err, ErrQEMU) || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("Run: %v, want %q", err, c.want)
+			}
+		})
+	}
+	t.Run("without return path", func(t *testing.T) {
+		l := land(t, open)
+		l.send(t, startFrame, bytesFrame([]byte("memory")))
+		l.expect(t, "memory")
+		l.wrote(6)
+		l.qemu.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		go func() {
+			for l.frames.Send(ctx, bytesFrame([]byte("more"))) == nil {
+			}
+		}()
+		if err := <-l.done; !errors.Is(err, ErrQEMU) || !strings.Contains(err.Error(), "after 6 bytes") {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	t.Run("before it listens", func(t *testing.T) {
+		boom := errors.New("boom")
+		frames := newChannel()
+		frames.Send(t.Context(), startFrame)
+		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Gate: open,
+			Dial: func(context.Context) (io.ReadWriteCloser, error) { return nil, boom }})
+		if err := d.Run(t.Context()); !errors.Is(err, boom) {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+// QEMU may be done and gone before the end frame is in.
+func TestQEMUDoneFirst(t *testing.T) {
+	l := land(t, open)
+	l.send(t, startFrame, []byte{frameTail}, bytesFrame([]byte("state")))
+	l.expect(t, "state")
+	l.qemu.Write(shutMessage)
+	l.qemu.Close()
+	for len(l.returns.frames) == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	l.send(t, endFrame(5))
+	if err := <-l.done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestDestNeverDialsWithoutStart(t *testing.T) {
+	for _, frame := range [][]byte{{}, {frameStart}, {frameStart, 0, Version + 1}, {frameTail}, bytesFrame([]byte("x")), endFrame(0)} {
+		frames := newChannel()
+		frames.Send(t.Context(), frame)
+		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Gate: open,
+			Dial: func(context.Context) (io.ReadWriteCloser, error) {
+				t.Errorf("dialled for frame %x", frame)
+				return nil, io.EOF
+			}})
+		if err := d.Run(t.Context()); !errors.Is(err, ErrFrame) {
+			t.Errorf("frame %x: %v", frame, err)
+		}
+	}
+}
+
+// opsFrame is a batch with any operations, sealed like an honest one.
+func opsFrame(crc uint32, ops ...byte) []byte {
+	b := newBatch()
+	b.ops = append(b.ops, ops...)
+	return bytes.Clone(b.seal(crc))
+}
+
+func zeroOp(word uint64, count uint32, block ...byte) []byte {
+	op := binary.BigEndian.AppendUint64([]byte{opZero}, word)
+	return append(binary.BigEndian.AppendUint32(op, count), block...)
+}
+
+func TestBadFrames(t *testing.T) {
+	good := bytesFrame([]byte("memory"))
+	patched := func(at int, v byte) []byte { f := bytes.Clone(good); f[at] = v; return f }
+	page := append(binary.BigEndian.AppendUint64([]byte{opPage}, flagPage|flagContinue), make([]byte, testPage)...)
+	for name, frames := range map[string][][]byte{
+		"empty":               {{}},
+		"unknown type":        {{0x7f}},
+		"second start":        {startFrame},
+		"return":              {{frameReturn, 1}},
+		"short batch":         {good[:batchHeader-1]},
+		"cut batch":           {good[:len(good)-1]},
+		"method":              {patched(1, 9)},
+		"page bits small":     {patched(2, minPageBits-1)},
+		"page bits large":     {patched(2, maxPageBits+1)},
+		"size":                {patched(3, 0xff)},
+		"checksum":            {patched(7, good[7]+1)},
+		"no operations":       {opsFrame(0)},
+		"unknown operation":   {opsFrame(0, 0x44)},
+		"cut bytes":           {opsFrame(0, opBytes, 0, 0)},
+		"bytes too long":      {opsFrame(0, opBytes, 0xff, 0xff, 0xff, 0xff, 1)},
+		"cut run":             {opsFrame(0, opZero, 1)},
+		"empty run":           {opsFrame(0, zeroOp(flagZero|flagContinue, 0)...)},
+		"endless run":         {opsFrame(0, zeroOp(flagZero|flagContinue, 1<<32-1)...)},
+		"run over the bound":  {opsFrame(0, zeroOp(flagZero|flagContinue, maxStream/9+1)...)},
+		"run with block":      {opsFrame(0, zeroOp(flagZero, 2, 1, 'a')...)},
+		"run, cut block":      {opsFrame(0, zeroOp(flagZero, 1, 2, 'a')...)},
+		"run without block":   {opsFrame(0, zeroOp(flagZero, 1)...)},
+		"run with page flag":  {opsFrame(0, zeroOp(flagPage|flagContinue, 1)...)},
+		"cut page":            {opsFrame(0, page[:len(page)-1]...)},
+		"cut page word":       {opsFrame(0, page[:5]...)},
+		"page with zero flag": {opsFrame(0, append([]byte{opPage, 0, 0, 0, 0, 0, 0, 0, flagZero | flagContinue}, page[9:]...)...)},
+		"batch over the bound": {opsFrame(0, append(zeroOp(flagZero|flagContinue, maxStream/9),
+			append([]byte{opBytes, 0, 0, 1, 0}, make([]byte, 256)...)...)...)},
+		"tail with payload": {{frameTail, 1}},
+		"second tail":       {{frameTail}, {frameTail}},
+		"short end":         {{frameEnd, 0}},
+		"wrong end":         {good, endFrame(7)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := land(t, open)
+			l.send(t, startFrame)
+			for _, f := range frames {
+				l.frames.Send(t.Context(), f)
+			}
+			if err := <-l.done; !errors.Is(err, ErrFrame) {
+				t.Errorf("Run: %v, want ErrFrame", err)
+			}
+		})
+	}
+}
+
+// Every prefix of a batch is refused.
+func TestEveryBatchPrefix(t *testing.T) {
+	b := newBatch()
+	data := []byte("record")
+	b.addBytes(data)
+	var raw stream
+	raw.Write(data)
+	raw.zero(1, mainBlock)
+	b.addZero(1*testPage|flagZero, append([]byte{byte(len(mainBlock))}, mainBlock...))
+	raw.page(2, "", content(2))
+	b.addPage(2*testPage|flagPage|flagContinue, nil, content(2))
+	frame := b.seal(crc32.Checksum(raw.Bytes(), castagnoli))
+	var u unbatch
+	for n := range frame {
+		if _, err := u.decode(frame[:n]); !errors.Is(err, ErrFrame) {
+			t.Fatalf("%d of %d bytes: %v", n, len(frame), err)
+		}
+	}
+	got, err := u.decode(frame)
+	if err != nil || !bytes.Equal(got, raw.Bytes()) {
+		t.Fatalf("%d bytes, %v", len(got), err)
+	}
+}

@@ -1,0 +1,166 @@
+package memsync
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+// draw builds a stream out of what QEMU may send, in any order.
+func draw(t *rapid.T) []byte {
+	s := &stream{}
+	s.header()
+	if rapid.Bool().Draw(t, "configuration") {
+		s.configuration()
+	}
+	if rapid.Bool().Draw(t, "return path") {
+		s.returnPath()
+	}
+	s.ramStart()
+	blocks := []string{mainBlock, romBlock}
+	block, fresh := "", true
+	for range rapid.IntRange(0, 6).Draw(t, "parts") {
+		s.part(sectionPart)
+		fresh = true
+		for range rapid.IntRange(0, 40).Draw(t, "records") {
+			name := ""
+			if fresh || rapid.IntRange(0, 9).Draw(t, "switch") == 0 {
+				block = rapid.SampledFrom(blocks).Draw(t, "block")
+				name, fresh = block, false
+			}
+			page := rapid.IntRange(0, romPages-3).Draw(t, "page")
+			switch rapid.IntRange(0, 5).Draw(t, "record") {
+			case 0, 1:
+				s.zero(page, name)
+				for i := range rapid.IntRange(0, 2).Draw(t, "run") {
+					s.zero(page+1+i, "")
+				}
+			case 2, 3:
+				s.page(page, name, content(uint64(page)))
+			case 4:
+				s.at(page, flagXbzrle, name)
+				delta := rapid.SliceOfN(rapid.Byte(), 0, 300).Draw(t, "delta")
+				s.u8(1)
+				s.u16(uint16(len(delta)))
+				s.Write(delta)
+			case 5:
+				s.at(page, flagZero, name)
+				s.u8(rapid.Byte().Draw(t, "fill"))
+			}
+		}
+		s.contentsEnd()
+		if rapid.Bool().Draw(t, "footer") {
+			s.footer()
+		}
+	}
+	s.ramEnd()
+	s.Write(rapid.SliceOfN(rapid.Byte(), 0, 2000).Draw(t, "device state"))
+	if rapid.Bool().Draw(t, "description") {
+		s.description()
+	}
+	return s.Bytes()
+}
+
+func TestAnyStream(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		data := draw(t)
+		understood := true
+		switch rapid.IntRange(0, 5).Draw(t, "harm") {
+		case 0:
+			data = data[:rapid.IntRange(0, len(data)).Draw(t, "cut")]
+			understood = false
+		case 1:
+			at := rapid.IntRange(0, len(data)-1).Draw(t, "at")
+			garbage := rapid.SliceOfN(rapid.Byte(), 1, 100).Draw(t, "garbage")
+			data = slices.Concat(data[:at], garbage, data[at:])
+			understood = false
+		case 2:
+			data[rapid.IntRange(0, len(data)-1).Draw(t, "at")] ^= 1 << rapid.IntRange(0, 7).Draw(t, "bit")
+			understood = false
+		}
+		sizes := rapid.SliceOfN(rapid.OneOf(rapid.IntRange(1, 50), rapid.IntRange(1, 70000)), 0, 5).Draw(t, "reads")
+		if len(sizes) > 0 && slices.Max(sizes) < 10 {
+			sizes = append(sizes, 5000) // one byte at a time is for TestReadSizes
+		}
+		c := carry(data, sizes...)
+		if !bytes.Equal(c.out, data) || c.dest != nil {
+			t.Fatalf("%d bytes became %d, source: %v, destination: %v", len(data), len(c.out), c.src, c.dest)
+		}
+		if understood && (c.source.Opaque() || c.tails != 1) {
+			t.Fatalf("a valid stream was not understood: %+v", c.source.Stats())
+		}
+	})
+}
+
+func FuzzSource(f *testing.F) {
+	f.Add(whole(true), uint16(0))
+	f.Add(whole(false)[:5000], uint16(100))
+	f.Add([]byte("QEVM\x00\x00\x00\x03\x07"), uint16(1))
+	f.Add([]byte{}, uint16(0))
+	s := &stream{}
+	s.header()
+	s.section(4, 1, "virtio-mem", 1)
+	s.description()
+	f.Add(s.Bytes(), uint16(9))
+	f.Fuzz(func(t *testing.T, data []byte, size uint16) {
+		var sizes []int
+		if size > 0 {
+			sizes = []int{int(size)}
+		}
+		carry(bytes.Clone(data), sizes...).check(t, data)
+	})
+}
+
+// FuzzDest takes frames as u16 length and bytes. The batches among them get
+// their checksum so that it hides nothing behind it.
+func FuzzDest(f *testing.F) {
+	pack := func(frames ...[]byte) (out []byte) {
+		for _, fr := range frames {
+			out = append(binary.BigEndian.AppendUint16(out, uint16(len(fr))), fr...)
+		}
+		return out
+	}
+	f.Add(pack(startFrame, bytesFrame([]byte("memory")), []byte{frameTail}, bytesFrame([]byte("state")), endFrame(11)))
+	f.Add(pack(startFrame, opsFrame(0, zeroOp(flagZero|flagContinue, 1000)...), endFrame(9000)))
+	f.Add(pack(startFrame, opsFrame(0, zeroOp(flagZero, 1, 1, 'a')...)))
+	f.Add(pack(startFrame, opsFrame(0, append([]byte{opPage, 0, 0, 0, 0, 0, 0, 0, flagPage | flagContinue}, content(1)...)...)))
+	f.Add(pack([]byte{frameTail}))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		frames, qemu := newChannel(), newSink()
+		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Dial: dialTo(qemu), Gate: open})
+		var wg sync.WaitGroup
+		wg.Go(func() { d.Run(ctx); cancel() })
+		for len(data) >= 2 {
+			n := min(int(binary.BigEndian.Uint16(data)), len(data)-2)
+			frames.Send(ctx, withChecksum(data[2:2+n]))
+			data = data[2+n:]
+		}
+		frames.closeSend()
+		wg.Wait()
+		if ctx.Err() == context.DeadlineExceeded {
+			t.Fatal("Run did not end")
+		}
+		if cap(d.in.out) > 2*maxStream || cap(d.in.ops) > 4*maxOps {
+			t.Fatalf("hostile frames took %d and %d bytes", cap(d.in.out), cap(d.in.ops))
+		}
+	})
+}
+
+func withChecksum(frame []byte) []byte {
+	if len(frame) < batchHeader || frame[0] != frameBatch {
+		return frame
+	}
+	frame = bytes.Clone(frame)
+	var u unbatch
+	u.decode(frame)
+	binary.BigEndian.PutUint32(frame[7:], checksum(u.out))
+	return frame
+}
