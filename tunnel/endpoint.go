@@ -33,7 +33,6 @@ const (
 // which it accepts their sessions.
 type Endpoint struct {
 	id        *Identity
-	trusted   func(ID) bool
 	log       *slog.Logger
 	socket    net.PacketConn
 	transport *quic.Transport
@@ -83,7 +82,6 @@ func newEndpoint(socket net.PacketConn, id *Identity, trusted func(ID) bool, log
 	}
 	e := &Endpoint{
 		id:       id,
-		trusted:  trusted,
 		log:      log,
 		socket:   socket,
 		refusals: rate.NewLimiter(rate.Every(refusalInterval), refusalBurst),
@@ -161,7 +159,9 @@ func (e *Endpoint) admit(ctx context.Context, dialer *quic.ClientInfo) (context.
 	return context.WithValue(ctx, admissionKey{}, &admission{leave}), nil
 }
 
-// logHandshake logs why a handshake did not lead to a session.
+// logHandshake logs why a handshake did not lead to a session. The ID of an
+// agent that is not trusted is what its certificate claims: it is refused before
+// TLS checks that it holds the key.
 func (e *Endpoint) logHandshake(addr net.Addr, cause error) {
 	var unknown *identityError
 	var failed *quic.TransportError

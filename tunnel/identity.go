@@ -84,6 +84,9 @@ func (i *Identity) resetKey() ([32]byte, error) {
 }
 
 func loadKey(path string) (ed25519.PrivateKey, error) {
+	if err := checkFolder(filepath.Dir(path)); err != nil {
+		return nil, err
+	}
 	// Without O_NONBLOCK, opening a FIFO would wait for its writer.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -134,6 +137,17 @@ func parseKey(data []byte) (ed25519.PrivateKey, error) {
 	return key, nil
 }
 
+func checkFolder(folder string) error {
+	info, err := os.Stat(folder)
+	if err != nil {
+		return err
+	}
+	if perm := info.Mode().Perm(); perm&0o022 != 0 {
+		return fmt.Errorf("folder %s has mode %04o, so others could replace the key: run chmod 700 %s", folder, perm, folder)
+	}
+	return nil
+}
+
 func createKey(path string) (ed25519.PrivateKey, error) {
 	_, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -147,12 +161,8 @@ func createKey(path string) (ed25519.PrivateKey, error) {
 	if err := os.MkdirAll(folder, 0o700); err != nil {
 		return nil, err
 	}
-	info, err := os.Stat(folder)
-	if err != nil {
+	if err := checkFolder(folder); err != nil {
 		return nil, err
-	}
-	if perm := info.Mode().Perm(); perm&0o022 != 0 {
-		return nil, fmt.Errorf("folder %s has mode %04o, so others could replace the key: run chmod 700 %s", folder, perm, folder)
 	}
 	err = writeNew(path, pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: der}))
 	if errors.Is(err, fs.ErrExist) { // another process was faster: its key counts

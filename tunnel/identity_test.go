@@ -15,6 +15,16 @@ import (
 	"time"
 )
 
+// keyPath returns where a key may be, in a folder that exists.
+func keyPath(t testing.TB) string {
+	t.Helper()
+	folder := filepath.Join(t.TempDir(), "agent")
+	if err := os.Mkdir(folder, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(folder, "identity.pem")
+}
+
 func testIdentity(t testing.TB) *Identity {
 	t.Helper()
 	id, err := LoadOrCreateIdentity(filepath.Join(t.TempDir(), "agent", "identity.pem"))
@@ -77,7 +87,7 @@ func TestIdentityMadeByTwoAtOnce(t *testing.T) {
 
 func TestIdentityFaults(t *testing.T) {
 	good := func() []byte {
-		path := filepath.Join(t.TempDir(), "identity.pem")
+		path := keyPath(t)
 		if _, err := LoadOrCreateIdentity(path); err != nil {
 			t.Fatal(err)
 		}
@@ -129,6 +139,12 @@ func TestIdentityFaults(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, []string{"not a regular file"}},
+		{"a key in a folder that others may write", func(t *testing.T, path string) {
+			write(good, 0o600)(t, path)
+			if err := os.Chmod(filepath.Dir(path), 0o770); err != nil {
+				t.Fatal(err)
+			}
+		}, []string{"mode 0770", "chmod 700"}},
 		{"no key in a folder that others may write", func(t *testing.T, path string) {
 			if err := os.Chmod(filepath.Dir(path), 0o777); err != nil {
 				t.Fatal(err)
@@ -137,7 +153,7 @@ func TestIdentityFaults(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			path := filepath.Join(t.TempDir(), "identity.pem")
+			path := keyPath(t)
 			test.make(t, path)
 			_, err := LoadOrCreateIdentity(path)
 			if err == nil {

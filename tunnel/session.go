@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"time"
 
@@ -104,7 +105,7 @@ func (s *Session) Accept(ctx context.Context) (*Channel, error) {
 			stream.CancelRead(resetClosed)
 			stream.CancelWrite(resetClosed)
 			return nil, fmt.Errorf("accept channel: %w", context.Cause(ctx))
-		case s.conn.Context().Err() == nil:
+		case errors.Is(err, ErrFormat), errors.Is(err, io.ErrUnexpectedEOF):
 			s.conn.CloseWithError(closeFormat, printable("channel header: "+err.Error()))
 			return nil, fmt.Errorf("accept channel from %s at %s: %w", s.peer, s.RemoteAddr(), err)
 		}
@@ -132,7 +133,7 @@ func (s *Session) readHeader(ctx context.Context, stream *quic.Stream) (channelH
 type Stats struct {
 	BytesSent     uint64
 	BytesReceived uint64
-	PacketsLost   uint64
+	PacketsLost   uint64        // goes down again when one arrives after all
 	RTT           time.Duration // smoothed
 	MinRTT        time.Duration
 }
