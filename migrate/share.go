@@ -19,10 +19,10 @@ const (
 	backlogGoal = 50 * time.Millisecond
 	// backlogFloor is a backlog that is never worth waiting for.
 	backlogFloor = 256 << 10
-	// tailPages of the first pass are held back until the disks are drained.
+	// tailBytes of the first pass are held back until the disks are drained.
 	// QEMU may have written that much more than we have read: a socket buffer
 	// of 208 KiB holds 23,000 zero pages of 9 bytes.
-	tailPages = 128 << 20
+	tailBytes = 128 << 20
 )
 
 // memoryMayRead decides whether QEMU's RAM stream is read now. Not reading is
@@ -34,12 +34,15 @@ const (
 // is dirtied again. So the first pass keeps step with the disks, and ends
 // after them; later rounds run only while the backlog fits the downtime.
 func memoryMayRead(l load) bool {
+	if l.RAM == 0 {
+		return true // the stream's header: what memory there is comes with it
+	}
 	drained := l.DiskPending <= backlogFloor ||
 		float64(l.DiskPending) <= l.DiskRate*backlogGoal.Seconds()
 	if drained {
 		return true
 	}
-	tail := min(int64(tailPages), l.RAM/2)
+	tail := min(int64(tailBytes), l.RAM)
 	if l.FirstPassLeft <= tail || l.DiskPeak == 0 {
 		return false
 	}
