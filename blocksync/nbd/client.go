@@ -65,14 +65,7 @@ var _ interface {
 // NewClient agrees with the server at the other end of conn to use export. ctx bounds this
 // handshake only. conn is the Client's from here on, and closed if NewClient returns an error.
 func NewClient(ctx context.Context, conn net.Conn, export string) (*Client, error) {
-	c := &Client{
-		conn:    conn,
-		in:      bufio.NewReaderSize(conn, 64<<10),
-		export:  export,
-		sizes:   defaultBlockSizes,
-		sending: make(chan struct{}, 1),
-		pending: make(map[uint64]*call),
-	}
+	c := newClient(conn, export)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	err := c.negotiate()
 	if !stop() {
@@ -84,6 +77,17 @@ func NewClient(ctx context.Context, conn net.Conn, export string) (*Client, erro
 	}
 	c.reader.Go(c.readReplies)
 	return c, nil
+}
+
+func newClient(conn net.Conn, export string) *Client {
+	return &Client{
+		conn:    conn,
+		in:      bufio.NewReaderSize(conn, 64<<10),
+		export:  export,
+		sizes:   defaultBlockSizes,
+		sending: make(chan struct{}, 1),
+		pending: make(map[uint64]*call),
+	}
 }
 
 // Size gives the export's size in bytes.

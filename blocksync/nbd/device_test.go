@@ -48,6 +48,12 @@ func (d *memDevice) operations() []string {
 	return append([]string(nil), d.log...)
 }
 
+func (d *memDevice) isAllocated(block int64) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.allocated[block]
+}
+
 func (d *memDevice) Size() int64     { return int64(len(d.data)) }
 func (d *memDevice) MultiConn() bool { return d.multiConn }
 

@@ -56,7 +56,6 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 	if s.listeners == nil {
 		s.listeners = make(map[net.Listener]struct{})
-		s.sessions = make(map[*session]struct{})
 	}
 	s.listeners[l] = struct{}{}
 	s.serving.Add(1)
@@ -133,6 +132,9 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn) {
 	if s.closed {
 		s.mu.Unlock()
 		return
+	}
+	if s.sessions == nil {
+		s.sessions = make(map[*session]struct{})
 	}
 	s.sessions[c] = struct{}{}
 	s.mu.Unlock()
