@@ -99,7 +99,7 @@ func TestAnyStream(t *testing.T) {
 }
 
 func FuzzSource(f *testing.F) {
-	f.Add(whole(true), uint16(0))
+	f.Add(small().Bytes(), uint16(0))
 	f.Add(whole(false)[:5000], uint16(100))
 	f.Add([]byte("QEVM\x00\x00\x00\x03\x07"), uint16(1))
 	f.Add([]byte{}, uint16(0))

@@ -59,25 +59,7 @@ func TestReadSizes(t *testing.T) {
 }
 
 func TestEveryPrefix(t *testing.T) {
-	s := &stream{}
-	s.header()
-	s.configuration()
-	s.returnPath()
-	s.ramStart()
-	s.part(sectionPart)
-	s.zero(0, mainBlock)
-	s.zero(1, "")
-	s.at(2, flagXbzrle, "")
-	s.u8(1)
-	s.u16(5)
-	s.WriteString("delta")
-	s.contentsEnd()
-	s.footer()
-	s.part(sectionLast)
-	s.zero(1, mainBlock)
-	s.contentsEnd()
-	s.device()
-	s.description()
+	s := small()
 	for n := range s.Len() {
 		c := carry(s.Bytes()[:n])
 		c.check(t, s.Bytes()[:n])

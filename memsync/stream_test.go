@@ -178,6 +178,30 @@ func whole(returnPath bool) []byte {
 	return s.Bytes()
 }
 
+// small is a whole stream of records without pages.
+func small() *stream {
+	s := &stream{}
+	s.header()
+	s.configuration()
+	s.returnPath()
+	s.ramStart()
+	s.part(sectionPart)
+	s.zero(0, mainBlock)
+	s.zero(1, "")
+	s.at(2, flagXbzrle, "")
+	s.u8(1)
+	s.u16(5)
+	s.WriteString("delta")
+	s.contentsEnd()
+	s.footer()
+	s.part(sectionLast)
+	s.zero(1, mainBlock)
+	s.contentsEnd()
+	s.device()
+	s.description()
+	return s
+}
+
 // channel is a channel of a session in memory.
 type channel struct {
 	frames chan []byte
