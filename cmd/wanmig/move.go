@@ -1,0 +1,193 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/wanmig/wanmig/agent"
+	"github.com/wanmig/wanmig/migrate"
+)
+
+// Results that only this command reports; the agent's are in migrate.Result.
+const (
+	resultDetached = "detached" // the move goes on unwatched
+	resultUnknown  = "unknown"  // the agent stopped answering
+)
+
+func newMoveCommand(client newClient) *cobra.Command {
+	req := migrate.Request{Networks: map[string]string{}, Storage: map[string]string{}}
+	var asJSON, detach bool
+	cmd := &cobra.Command{
+		Use:   "move VM --to SITE",
+		Short: "Move a running VM to another site",
+		Long: `Move a running VM, its memory and its disks, to another site.
+
+The agent does the work: closing the terminal does not stop it. Ctrl-C on a
+terminal asks whether to cancel, to detach or to go on; elsewhere SIGINT and
+SIGTERM detach. Progress goes to stderr, the summary to stdout.
+
+With --json the last line of stdout is one object, whatever happened. Its
+result is done, checked (--dry-run), refused, rolled-back, in-doubt, detached
+or unknown.
+
+` + exitCodes,
+		Example: `  wanmig move web --to remote-dc --dry-run
+  wanmig move web --to remote-dc
+  wanmig move web --to remote-dc --network br0=br-public --storage vdb=/srv/images`,
+		Args: need("VM"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if req.To == "" {
+				return errors.New("--to SITE is missing: `wanmig site list` shows the sites")
+			}
+			req.VM = args[0]
+			result, err := move(cmd, client(), req, detach, asJSON)
+			if asJSON {
+				if err != nil && result.Error == "" {
+					result.Error = err.Error()
+				}
+				if err := json.NewEncoder(cmd.OutOrStdout()).Encode(result); err != nil {
+					return &exitError{exitFailed, err}
+				}
+			}
+			return err
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&req.To, "to", "", "the site to move to")
+	f.BoolVar(&asJSON, "json", false, "print the result as one JSON object")
+	f.BoolVar(&detach, "detach", false, "begin the move, print its ID and leave")
+	f.BoolVar(&req.DryRun, "dry-run", false, "only check whether the VM can be moved")
+	f.Var(mapping(req.Networks), "network", "attach what is on network or bridge SRC here to DST there; repeatable")
+	f.Var(mapping(req.Storage), "storage", "place disk, file or folder SRC at file or folder DST there; repeatable")
+	f.BoolVar(&req.KeepSource, "keep-source", false, "keep the disks at the source")
+	f.BoolVar(&req.Paused, "paused", false, "leave the guest paused at the destination")
+	f.BoolVar(&req.CopyCDROM, "copy-cdrom", false, "carry read-only CD-ROMs along instead of ejecting them")
+	cmd.MarkFlagsMutuallyExclusive("detach", "dry-run")
+	return cmd
+}
+
+// move begins a move, follows it and tells how it ended, all but its error.
+func move(cmd *cobra.Command, client *agent.Client, req migrate.Request, detach, asJSON bool) (migrate.Result, error) {
+	result := migrate.Result{VM: req.VM, To: req.To}
+	ctx := cmd.Context()
+	m, err := client.StartMove(ctx, req)
+	if err != nil {
+		result.Result = "refused"
+		if !neverBegan(err) {
+			result.Result = resultUnknown
+			err = &exitError{exitUnknown, fmt.Errorf("%w (`wanmig list` shows whether the move began)", err)}
+		}
+		return result, err
+	}
+	result.Move = m.Move
+	if detach {
+		result.Result = resultDetached
+		if !asJSON {
+			fmt.Fprintln(cmd.OutOrStdout(), printable(m.Move))
+		}
+		fmt.Fprintln(cmd.ErrOrStderr(), detached(m.Move))
+		return result, nil
+	}
+
+	f := newFollower(cmd, client, asJSON)
+	defer f.stop()
+	m, err = f.follow(ctx, m)
+	switch {
+	case errors.Is(err, errDetached):
+		result.Result = resultDetached
+		fmt.Fprintln(cmd.ErrOrStderr(), detached(m.Move))
+		return result, &exitError{exitDetached, nil}
+	case err != nil:
+		result.Result = resultUnknown
+		return result, &exitError{exitUnknown, fmt.Errorf("move %s: %w: `wanmig status %[1]s` tells how it stands once the agent answers", m.Move, err)}
+	}
+	result = *m.Result
+	if !asJSON {
+		fmt.Fprint(cmd.OutOrStdout(), summary(result))
+	}
+	return result, ending(result)
+}
+
+// neverBegan reports whether an error of StartMove says that nothing happened.
+func neverBegan(err error) bool {
+	_, refused := errors.AsType[*agent.APIError](err)
+	return refused || errors.Is(err, agent.ErrNoAgent) || errors.Is(err, fs.ErrPermission)
+}
+
+// ending turns a move's result into the command's.
+func ending(r migrate.Result) error {
+	message := r.Error
+	if message == "" {
+		message = "the agent gave no reason"
+	}
+	problem := fmt.Errorf("move %s of %s: %s: %s", r.Move, name(r.VM), r.Result, message)
+	switch r.Result {
+	case "done":
+		return nil
+	case "checked", "refused":
+		if r.Result == "checked" && !blocked(r) {
+			return nil
+		}
+		fatal := 0
+		for _, f := range r.Findings {
+			if f.Fatal {
+				fatal++
+			}
+		}
+		if r.Error == "" && fatal > 0 {
+			return fmt.Errorf("%s can't be moved to %s: %s", name(r.VM), name(r.To), count(fatal, "problem"))
+		}
+		return errors.New(message)
+	case "in-doubt":
+		return &exitError{exitUnknown, problem}
+	}
+	return &exitError{exitFailed, problem}
+}
+
+func detached(move string) string {
+	return fmt.Sprintf("Detached: move %s goes on. `wanmig status %[1]s` shows it, `wanmig cancel %[1]s` rolls it back.", printable(move))
+}
+
+func newFollower(cmd *cobra.Command, client *agent.Client, asJSON bool) *follower {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	f := &follower{client: client, signals: signals, patience: time.Minute}
+	f.stop = func() { signal.Stop(signals) }
+	f.view = &lines{w: cmd.ErrOrStderr(), now: time.Now}
+	if canDraw(os.Stderr) && !asJSON {
+		f.view = &bars{out: os.Stderr, style: styleOf(os.Getenv), now: time.Now}
+	}
+	if term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stderr.Fd())) {
+		f.ask = func(ctx context.Context) answer { return ask(ctx, os.Stderr) }
+	}
+	return f
+}
+
+// mapping is the value of a repeatable flag SRC=DST.
+type mapping map[string]string
+
+func (m mapping) Set(s string) error {
+	src, dst, ok := strings.Cut(s, "=")
+	if !ok || src == "" || dst == "" {
+		return errors.New("want SRC=DST")
+	}
+	if before, twice := m[src]; twice && before != dst {
+		return fmt.Errorf("%s is mapped to %s already", src, before)
+	}
+	m[src] = dst
+	return nil
+}
+
+func (m mapping) Type() string   { return "SRC=DST" }
+func (m mapping) String() string { return "" }

@@ -1,0 +1,120 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/wanmig/wanmig/migrate"
+)
+
+// describe tells an operator how a move stands or ended, in several lines.
+func describe(m migrate.Status, now time.Time) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "move %s: %s %s %s, %s\n", printable(m.Move), name(m.VM), toOrFrom(m), name(m.Peer),
+		join(", ", state(m), clock(elapsed(m, now)), left(m)))
+	if m.Result != nil {
+		b.WriteString(summary(*m.Result))
+		if m.Result.Error != "" {
+			fmt.Fprintf(&b, "  error      %s\n", oneLine(m.Result.Error))
+		}
+		return b.String()
+	}
+	for _, d := range m.Disks {
+		fmt.Fprintf(&b, "  %-10s %s\n", printable(d.Target), join(", ", "done "+sizeOf(d.Done, d.Size), percent(d.Done, d.Size), rate(d.Rate),
+			unless(d.Pending == 0, size(d.Pending)+" pending"), unless(d.Spooled == 0, size(d.Spooled)+" spooled"), oneLine(d.Problem)))
+	}
+	if m.Memory.Size > 0 {
+		fmt.Fprintf(&b, "  %-10s %s\n", "memory", join(", ", memoryLeft(m.Memory)+" of "+size(m.Memory.Size), rate(m.Memory.Rate),
+			memoryRound(m.Memory), held(m.Memory), dirtying(m.Memory)))
+	}
+	if m.Link.Sent > 0 || m.Link.RTTMS > 0 {
+		fmt.Fprintf(&b, "  %-10s %s\n", "link", join(", ", rate(m.Link.Rate), roundTrip(m.Link),
+			size(int64(m.Link.Sent))+" sent", size(int64(m.Link.Received))+" received"))
+	}
+	b.WriteString(findings(m.Findings))
+	return b.String()
+}
+
+// summary tells an operator how a move ended. Its error is left to the caller.
+func summary(r migrate.Result) string {
+	var b strings.Builder
+	vm, to := name(r.VM), name(r.To)
+	switch r.Result {
+	case "done":
+		fmt.Fprintf(&b, "%s runs at %s.\n", vm, to)
+	case "rolled-back":
+		fmt.Fprintf(&b, "%s was not moved: it runs at the source, and nothing is left at %s.\n", vm, to)
+	case "refused":
+		fmt.Fprintf(&b, "%s can't be moved to %s as asked; nothing was touched.\n", vm, to)
+	case "checked":
+		if blocked(r) {
+			fmt.Fprintf(&b, "%s can't be moved to %s as asked.\n", vm, to)
+		} else {
+			fmt.Fprintf(&b, "%s can be moved to %s.\n", vm, to)
+		}
+	case "in-doubt":
+		fmt.Fprintf(&b, "%s is in doubt: %s has the decision and does not answer. The guest stays stopped here until it does.\n", vm, to)
+	default:
+		fmt.Fprintf(&b, "%s: %s.\n", vm, printable(r.Result))
+	}
+	line := func(label, text string) {
+		if text != "" {
+			fmt.Fprintf(&b, "  %-10s %s\n", label, text)
+		}
+	}
+	if moved := r.DiskBytes + r.MemoryBytes; moved > 0 || r.Result == "done" {
+		line("total", span(time.Duration(r.TotalMS)*time.Millisecond))
+		line("downtime", unless(r.DowntimeMS == 0, millis(float64(r.DowntimeMS))))
+		source, destination := downtime(r.Downtime)
+		line("  source", source)
+		line("  there", destination)
+		line("sent", size(int64(r.WireBytesSent))+unless(moved == 0, fmt.Sprintf(", %s of %s of disks and %s of memory",
+			percent(int64(r.WireBytesSent), moved), size(r.DiskBytes), size(r.MemoryBytes))))
+		line("received", size(int64(r.WireBytesReceived)))
+		line("memory", unless(r.MemoryRounds == 0, count(r.MemoryRounds, "round")))
+	}
+	if len(r.Findings) > 0 {
+		// They say what the notices do, and more.
+		b.WriteString(findings(r.Findings))
+		return b.String()
+	}
+	for _, n := range r.Notices {
+		line("notice", oneLine(n))
+	}
+	return b.String()
+}
+
+// downtime tells on what each side spent the time that the guest did not run.
+func downtime(d migrate.Downtime) (source, destination string) {
+	part := func(ms float64, what string) string { return unless(ms < 0.05, millis(ms)+" "+what) }
+	source = join(", ", part(d.StopToTail, "stop and last pages"), part(d.Transfer, "transfer"))
+	destination = join(", ", part(d.DrainDisks, "disks"), part(d.LoadState, "device state"), part(d.Journal, "journal"), part(d.FinishGuest, "finish"))
+	return source, destination
+}
+
+// findings lists what a check found, each with its remedy.
+func findings(all []migrate.Finding) string {
+	var b strings.Builder
+	for _, f := range all {
+		kind := "notice"
+		if f.Fatal {
+			kind = "problem"
+		}
+		fmt.Fprintf(&b, "  %-10s %s\n", kind, join(": ", printable(f.Check), oneLine(f.Problem)))
+		if f.Remedy != "" {
+			fmt.Fprintf(&b, "  %-10s   remedy: %s\n", "", oneLine(f.Remedy))
+		}
+	}
+	return b.String()
+}
+
+// blocked reports whether a check found what keeps a move from being made.
+func blocked(r migrate.Result) bool {
+	for _, f := range r.Findings {
+		if f.Fatal {
+			return true
+		}
+	}
+	return r.Error != ""
+}
