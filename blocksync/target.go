@@ -126,11 +126,8 @@ func (t *Target) learnZeros(ctx context.Context) error {
 	var zeros extent // adjacent ones, together
 	for off := int64(0); off < size; {
 		list, err := dev.BlockStatus(ctx, off, min(step, size-off))
-		if errors.Is(err, syscall.ENOTSUP) {
-			return nil // zeros are written, then
-		}
 		if err != nil {
-			return fmt.Errorf("ask for the new disk's block status at %d: %w", off, err)
+			return fmt.Errorf("look for zeros on the new disk: %w", err)
 		}
 		start := off
 		for _, e := range list {
@@ -227,7 +224,7 @@ func (t *Target) barrier(ctx context.Context, w *writers, acks frameWriter, id u
 		return err
 	}
 	if err := t.dev.Flush(ctx); err != nil {
-		return fmt.Errorf("flush the disk: %w", err)
+		return err
 	}
 	if final {
 		close(t.durable)
@@ -255,8 +252,9 @@ func (t *Target) data(w *writers, body []byte) error {
 		pieces := t.pieces(where, *buf)
 		w.run(where, buf, func() error {
 			for _, p := range pieces {
-				if err := t.dev.WriteAt(w.ctx, (*buf)[p.offset-where.offset:p.end()-where.offset], p.offset, false); err != nil {
-					return fmt.Errorf("write %d bytes at %d: %w", p.length, p.offset, err)
+				content := (*buf)[p.offset-where.offset : p.end()-where.offset]
+				if err := t.dev.WriteAt(w.ctx, content, p.offset, false); err != nil {
+					return err // names the disk, the request and where
 				}
 				t.written.Add(p.length)
 				t.applied.Add(p.length)
@@ -328,7 +326,7 @@ func (t *Target) fill(w *writers, e extent) {
 	t.remember(e)
 	w.run(e, buf, func() error {
 		if err := t.dev.Zero(w.ctx, e.offset, e.length, nbd.ZeroFlags{}); err != nil {
-			return fmt.Errorf("zero %d bytes at %d: %w", e.length, e.offset, err)
+			return err
 		}
 		t.zeroed.Add(e.length)
 		t.applied.Add(e.length)
