@@ -81,8 +81,9 @@
 // # Memory and buffering
 //
 // Send returns when all but the last 1452 bytes of the frame are in packets that
-// congestion control and flow control let go: nothing else is queued on the
-// sender's side. A reader that stops holds up to streamWindow for its channel
-// and connectionWindow for its session, never more; the connection's window is
-// large enough that eight stopped channels do not hold up the control channel.
+// congestion control and flow control let go. Beyond them only the host's own
+// queues (quic-go's of a few packets, the socket, the interface) hold data, and
+// these count as in flight. A reader that stops holds up to 16 MiB for its
+// channel and 128 MiB for its session, never more; seven channels that stopped at
+// their limit leave the others room.
 package tunnel
