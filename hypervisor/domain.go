@@ -1,6 +1,7 @@
 package hypervisor
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"path/filepath"
@@ -22,6 +23,7 @@ type Domain struct {
 	// InactiveXML is the persistent definition, "" when there is none.
 	InactiveXML string
 
+	CPU         string // the <cpu> element with every feature that the guest sees, "" for QEMU's default
 	MemoryBytes uint64 // the most that the guest may use
 	VirtType    string // "kvm" or "qemu" (TCG)
 	Arch        string // such as "x86_64"
@@ -155,15 +157,14 @@ func volumePaths(l *libvirt.Libvirt, xml string) (map[string]string, error) {
 	}
 	paths := map[string]string{}
 	for _, e := range diskElements(doc) {
-		src := e.SelectElement("source")
-		if src == nil || e.SelectAttrValue("type", "") != "volume" {
+		if attr(e, "type") != "volume" || child(e, "source") == nil {
 			continue
 		}
-		pool, err := l.StoragePoolLookupByName(src.SelectAttrValue("pool", ""))
+		pool, err := l.StoragePoolLookupByName(attr(e, "pool", "source"))
 		if err != nil {
 			return nil, err
 		}
-		vol, err := l.StorageVolLookupByName(pool, src.SelectAttrValue("volume", ""))
+		vol, err := l.StorageVolLookupByName(pool, attr(e, "volume", "source"))
 		if err != nil {
 			return nil, err
 		}
@@ -187,7 +188,7 @@ func readDomain(xml string) (*Domain, error) {
 		Name:     text(root, "name"),
 		UUID:     text(root, "uuid"),
 		XML:      xml,
-		VirtType: root.SelectAttrValue("type", ""),
+		VirtType: attr(root, "type"),
 		Arch:     attr(root, "arch", "os", "type"),
 		Machine:  attr(root, "machine", "os", "type"),
 		Emulator: text(root, "devices", "emulator"),
@@ -201,6 +202,11 @@ func readDomain(xml string) (*Domain, error) {
 	}
 	if _, ok := parseUUID(dom.UUID); !ok {
 		return nil, fmt.Errorf("%w: domain %q has no valid UUID", ErrBadXML, dom.Name)
+	}
+	if cpu := child(root, "cpu"); cpu != nil {
+		if dom.CPU, err = elementXML(cpu); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrBadXML, err)
+		}
 	}
 	memory := child(root, "maxMemory")
 	if memory == nil {
@@ -237,13 +243,6 @@ func nvramPath(root *etree.Element) string {
 	return text(root, "os", "nvram")
 }
 
-func devices(doc *etree.Document, tag string) []*etree.Element {
-	if d := child(doc.Root(), "devices"); d != nil {
-		return d.SelectElements(tag)
-	}
-	return nil
-}
-
 func diskElements(doc *etree.Document) []*etree.Element { return devices(doc, "disk") }
 
 func readDisk(e *etree.Element) Disk {
@@ -251,17 +250,16 @@ func readDisk(e *etree.Element) Disk {
 		Target:    attr(e, "dev", "target"),
 		Alias:     attr(e, "name", "alias"),
 		Bus:       attr(e, "bus", "target"),
-		Device:    e.SelectAttrValue("device", "disk"),
-		Type:      e.SelectAttrValue("type", "file"),
+		Device:    attr(e, "device"),
+		Type:      attr(e, "type"),
 		Format:    attr(e, "type", "driver"),
 		ReadOnly:  child(e, "readonly") != nil,
 		Shareable: child(e, "shareable") != nil,
 		Transient: child(e, "transient") != nil,
 		Encrypted: child(e, "encryption") != nil || child(e, "source", "encryption") != nil,
 	}
-	if d.Format == "" {
-		d.Format = "raw"
-	}
+	// libvirt writes these always, and assumes them where they are missing.
+	d.Device, d.Type, d.Format = cmp.Or(d.Device, "disk"), cmp.Or(d.Type, "file"), cmp.Or(d.Format, "raw")
 	if d.Alias != "" {
 		d.Export = "drive-" + d.Alias
 	}
@@ -278,7 +276,7 @@ func readDisk(e *etree.Element) Disk {
 func readNIC(e *etree.Element) NIC {
 	n := NIC{
 		MAC:    attr(e, "address", "mac"),
-		Type:   e.SelectAttrValue("type", ""),
+		Type:   attr(e, "type"),
 		Target: attr(e, "dev", "target"),
 	}
 	if a := networkAttr(n.Type); a != "" {

@@ -108,7 +108,6 @@ type HostInfo struct {
 	Arch           string
 	LibvirtVersion string // such as "9.0.0"
 	QEMUVersion    string
-	FreeMemory     uint64 // bytes
 }
 
 // Info describes this host.
@@ -128,9 +127,6 @@ func (h *Host) Info(ctx context.Context) (HostInfo, error) {
 			return err
 		}
 		info.LibvirtVersion, info.QEMUVersion = version(lib), version(qemu)
-		if info.FreeMemory, err = l.NodeGetFreeMemory(); err != nil {
-			return err
-		}
 		caps, err := l.ConnectGetCapabilities()
 		if err != nil {
 			return err

@@ -10,11 +10,11 @@ import (
 // JobStats is libvirt's account of a domain's migration. Sizes are bytes, rates
 // per second. A field that libvirt did not report is zero.
 type JobStats struct {
-	Active bool // a job is under way; of no other field when false and Completed was not asked for
+	Active bool // a job is under way; from BeginOut to Confirm that is the migration
 
 	Elapsed  time.Duration
 	Setup    time.Duration
-	Downtime time.Duration // expected while the job runs, measured once it completed
+	Downtime time.Duration // expected, or at the destination after Finish as libvirt measured it
 
 	DiskTotal, DiskProcessed, DiskRemaining       uint64 // the mirrors; frozen once memory started
 	MemoryTotal, MemoryProcessed, MemoryRemaining uint64
@@ -27,13 +27,14 @@ type JobStats struct {
 	Throttle                                      int // percent of CPU time taken from the guest
 }
 
-// JobStats reports the domain's job under way.
+// JobStats reports the domain's job under way. Between Perform and Confirm it
+// holds the figures with which Perform ended.
 func (h *Host) JobStats(ctx context.Context, uuid string) (JobStats, error) {
 	return h.jobStats(ctx, uuid, 0)
 }
 
-// CompletedJobStats reports the domain's last completed job. At the source it is
-// there between Perform and Confirm.
+// CompletedJobStats reports the domain's last completed job: at the destination
+// the migration, after Finish. The source keeps none.
 func (h *Host) CompletedJobStats(ctx context.Context, uuid string) (JobStats, error) {
 	return h.jobStats(ctx, uuid, libvirt.DomainJobStatsCompleted|libvirt.DomainJobStatsKeepCompleted)
 }

@@ -1,6 +1,7 @@
 package hypervisor
 
 import (
+	"cmp"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -28,7 +29,9 @@ type DiskChange struct {
 }
 
 // Rewrite makes the destination's document from the source's, [Domain].XML or
-// InactiveXML. What the changes do not name stays as it is.
+// InactiveXML. What the changes do not name stays as it is. A change of a disk
+// that the document lacks is ignored: a definition need not have what was
+// plugged into the running guest.
 //
 // Backing chains of the named disks are removed: a disk arrives flattened.
 func Rewrite(xml string, c Changes) (string, error) {
@@ -51,21 +54,16 @@ func Rewrite(xml string, c Changes) (string, error) {
 			return "", fmt.Errorf("disk %s: %w", target, err)
 		}
 	}
-	for target := range c.Disks {
-		if !found[target] {
-			return "", fmt.Errorf("disk %s: the domain has none of that name", target)
-		}
-	}
 	for _, e := range devices(doc, "interface") {
-		a := networkAttr(e.SelectAttrValue("type", ""))
-		if a == "" {
+		a := networkAttr(attr(e, "type"))
+		if a == "" || attr(e, a, "source") == "" {
 			continue
 		}
 		if to, ok := c.Networks[attr(e, a, "source")]; ok {
 			if err := checkValue(to); err != nil {
 				return "", fmt.Errorf("network %s: %w", attr(e, a, "source"), err)
 			}
-			e.SelectElement("source").CreateAttr(a, to)
+			child(e, "source").CreateAttr(a, to)
 		}
 	}
 	return doc.WriteToString()
@@ -73,13 +71,13 @@ func Rewrite(xml string, c Changes) (string, error) {
 
 func (c DiskChange) apply(e *etree.Element) error {
 	for _, tag := range []string{"backingStore", "mirror"} {
-		for _, b := range e.SelectElements(tag) {
+		for _, b := range elements(e, tag) {
 			e.RemoveChild(b)
 		}
 	}
-	sources := e.SelectElements("source")
+	sources := elements(e, "source")
 	if c.Drop {
-		if d := e.SelectAttrValue("device", "disk"); d != "cdrom" && d != "floppy" {
+		if d := cmp.Or(attr(e, "device"), "disk"); d != "cdrom" && d != "floppy" {
 			return fmt.Errorf("a %s cannot be dropped from a running guest, only a CD-ROM or floppy", d)
 		}
 		for _, s := range sources {

@@ -94,11 +94,7 @@ func qemuUser(caps string) (uid, gid int, err error) {
 	if err != nil {
 		return 0, 0, err
 	}
-	host := child(doc.Root(), "host")
-	if host == nil {
-		return 0, 0, fmt.Errorf("%w: capabilities without <host>", ErrBadXML)
-	}
-	for _, model := range host.SelectElements("secmodel") {
+	for _, model := range elements(child(doc.Root(), "host"), "secmodel") {
 		if text(model, "model") != "dac" {
 			continue
 		}

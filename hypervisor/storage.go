@@ -16,7 +16,7 @@ import (
 // DiskSpec is a disk to be made at the destination.
 type DiskSpec struct {
 	Path        string
-	Type        string // "block" for an existing device; otherwise a file is made
+	Type        string // "file", which is made, or "block", a device that exists
 	Format      string // "raw" or "qcow2"
 	VirtualSize int64  // bytes, as the source's guest sees it
 	ClusterSize int64  // bytes, for qcow2; 0 for QEMU's default
@@ -25,6 +25,8 @@ type DiskSpec struct {
 // check bounds what comes from the source's host.
 func (s DiskSpec) check() error {
 	switch {
+	case s.Type != "file" && s.Type != "block":
+		return fmt.Errorf("type %q: only file and block are supported", s.Type)
 	case !filepath.IsAbs(s.Path) || filepath.Clean(s.Path) != s.Path:
 		return fmt.Errorf("path %q: it must be absolute and clean", s.Path)
 	case s.VirtualSize <= 0 || s.VirtualSize%512 != 0:

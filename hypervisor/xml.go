@@ -79,13 +79,28 @@ func checkBounds(s string) error {
 	}
 }
 
+// elements are e's children of this name. Like libvirt, and unlike etree, it
+// takes none of another namespace for one of libvirt's own.
+func elements(e *etree.Element, tag string) []*etree.Element {
+	var list []*etree.Element
+	if e != nil {
+		for _, c := range e.ChildElements() {
+			if c.Space == "" && c.Tag == tag {
+				list = append(list, c)
+			}
+		}
+	}
+	return list
+}
+
 // child walks down the first elements of these names; nil when one is missing.
 func child(e *etree.Element, path ...string) *etree.Element {
 	for _, tag := range path {
-		if e == nil {
+		list := elements(e, tag)
+		if len(list) == 0 {
 			return nil
 		}
-		e = e.SelectElement(tag)
+		e = list[0]
 	}
 	return e
 }
@@ -103,7 +118,21 @@ func attr(e *etree.Element, name string, path ...string) string {
 	if e = child(e, path...); e == nil {
 		return ""
 	}
-	return e.SelectAttrValue(name, "")
+	for _, a := range e.Attr {
+		if a.Space == "" && a.Key == name {
+			return a.Value
+		}
+	}
+	return ""
+}
+
+// devices are the devices of one kind.
+func devices(doc *etree.Document, tag string) []*etree.Element {
+	var list []*etree.Element
+	for _, d := range elements(doc.Root(), "devices") {
+		list = append(list, elements(d, tag)...)
+	}
+	return list
 }
 
 // sizeUnits are libvirt's units of memory.
@@ -121,12 +150,17 @@ func memorySize(e *etree.Element) (uint64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("<%s>: %w", e.Tag, err)
 	}
-	unit, ok := sizeUnits[e.SelectAttrValue("unit", "")]
+	unit, ok := sizeUnits[attr(e, "unit")]
 	if !ok {
-		return 0, fmt.Errorf("<%s>: unit %q", e.Tag, e.SelectAttrValue("unit", ""))
+		return 0, fmt.Errorf("<%s>: unit %q", e.Tag, attr(e, "unit"))
 	}
 	if n > (1<<62)/unit {
-		return 0, fmt.Errorf("<%s>: %d %s is out of range", e.Tag, n, e.SelectAttrValue("unit", "KiB"))
+		return 0, fmt.Errorf("<%s>: %d %s is out of range", e.Tag, n, attr(e, "unit"))
 	}
 	return n * unit, nil
+}
+
+// elementXML writes one element alone.
+func elementXML(e *etree.Element) (string, error) {
+	return etree.NewDocumentWithRoot(e.Copy()).WriteToString()
 }
