@@ -16,9 +16,9 @@ const (
 	ahead = 0.10
 	// backlogGoal is how long the disk backlog may take to drain when the guest
 	// is allowed to stop: it is downtime.
-	backlogGoal = 50 * time.Millisecond
+	backlogGoal = 10 * time.Millisecond
 	// backlogFloor is a backlog that is never worth waiting for.
-	backlogFloor = 256 << 10
+	backlogFloor = 64 << 10
 	// tailBytes of the first pass are held back until the disks are drained.
 	// QEMU may have written that much more than we have read: a socket buffer
 	// of 208 KiB holds 23,000 zero pages of 9 bytes.
