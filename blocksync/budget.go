@@ -7,9 +7,8 @@ import (
 )
 
 const (
-	// blockSize is the unit in which an outbox keeps content and a target
-	// remembers zeros. It is the granularity of QEMU's mirror and the cluster
-	// size of qcow2, both by default.
+	// blockSize is the unit in which an outbox keeps content. It is the default
+	// granularity of QEMU's mirror and the default cluster size of qcow2.
 	blockSize  = 64 << 10
 	sectorSize = 512
 	sectors    = blockSize / sectorSize

@@ -203,11 +203,7 @@ func startQEMU(t *testing.T, name, image, format, export string) *qemu {
 		daemon.Process.Signal(syscall.SIGTERM)
 		daemon.Wait()
 	})
-	await(t, export)
-	conn, err := net.Dial("unix", monitor)
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := dial(t, monitor)
 	t.Cleanup(func() { conn.Close() })
 	q := &qemu{monitor: conn, replies: json.NewDecoder(conn)}
 	q.next(t) // greeting
@@ -215,16 +211,17 @@ func startQEMU(t *testing.T, name, image, format, export string) *qemu {
 	return q
 }
 
-func await(t *testing.T, socket string) {
+// dial waits for a socket that a daemon makes when it is ready.
+func dial(t *testing.T, socket string) net.Conn {
 	t.Helper()
 	for range 500 {
 		if conn, err := net.Dial("unix", socket); err == nil {
-			conn.Close()
-			return
+			return conn
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
 	t.Fatalf("%s does not listen", socket)
+	return nil
 }
 
 type message struct {
@@ -294,11 +291,7 @@ func (q *qemu) wait(t *testing.T, event string) {
 
 func connect(t *testing.T, ctx context.Context, socket string) *nbd.Client {
 	t.Helper()
-	conn, err := net.Dial("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := nbd.NewClient(ctx, conn, "disk")
+	c, err := nbd.NewClient(ctx, dial(t, socket), "disk")
 	if err != nil {
 		t.Fatal(err)
 	}

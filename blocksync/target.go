@@ -14,13 +14,17 @@ import (
 	"github.com/wanmig/wanmig/compress"
 )
 
+// page is the smallest hole that a file system makes, and the unit in which a
+// target remembers zeros: 32 KiB for each GiB of the disk.
+const page = 4 << 10
+
 // progressInterval is how often the source learns what was applied.
 const progressInterval = 200 * time.Millisecond
 
 // Target writes a disk at the destination.
 type Target struct {
 	dev     nbd.Device
-	known   bitmap // blocks that read as zeros
+	known   bitmap // pages that read as zeros
 	durable chan struct{}
 
 	applied, written, zeroed, skipped atomic.Int64
@@ -40,7 +44,7 @@ type TargetStats struct {
 func NewTarget(dev nbd.Device) *Target {
 	return &Target{
 		dev:     dev,
-		known:   newBitmap((dev.Size() + blockSize - 1) / blockSize),
+		known:   newBitmap((dev.Size() + page - 1) / page),
 		durable: make(chan struct{}),
 	}
 }
@@ -150,11 +154,11 @@ func (t *Target) learnZeros(ctx context.Context) error {
 	return nil
 }
 
-// remember marks the blocks that lie wholly in e as zeros.
+// remember marks the pages that lie wholly in e as zeros.
 func (t *Target) remember(e extent) {
-	from, to := (e.offset+blockSize-1)/blockSize, e.end()/blockSize
+	from, to := (e.offset+page-1)/page, e.end()/page
 	if e.end() == t.dev.Size() {
-		to = (e.end() + blockSize - 1) / blockSize
+		to = (e.end() + page - 1) / page
 	}
 	t.known.set(from, to)
 }
@@ -265,30 +269,20 @@ func (t *Target) data(w *writers, body []byte) error {
 	return nil
 }
 
-// page is the smallest hole that a file system makes.
-const page = 4 << 10
-
-// pieces returns what of content must be written: all of it, but for pages of
-// zeros in blocks that are zero already. Those blocks are no longer known to be.
+// pieces returns what of content must be written: all but pages of zeros where
+// the disk has zeros already.
 func (t *Target) pieces(where extent, content []byte) []extent {
 	var list []extent
 	for off := where.offset; off < where.end(); {
-		unit := int64(blockSize)
-		known := t.known.get(off / blockSize)
-		if known {
-			unit = page
-		}
-		end := min(off/unit*unit+unit, where.end())
-		if part := content[off-where.offset : end-where.offset]; known && isZero(part) {
+		end := min((off/page+1)*page, where.end())
+		if t.known.get(off/page) && isZero(content[off-where.offset:end-where.offset]) {
 			t.skipped.Add(end - off)
 			t.applied.Add(end - off)
 		} else {
+			t.known.clear(off/page, off/page+1)
 			list = appendExtent(list, extent{off, end - off}, maxExtent)
 		}
 		off = end
-	}
-	for _, p := range list {
-		t.known.clear(p.offset/blockSize, (p.end()+blockSize-1)/blockSize)
 	}
 	return list
 }
@@ -305,14 +299,14 @@ func (t *Target) zero(w *writers, body []byte) error {
 		}
 		body = rest
 		for e.length > 0 {
-			first, last := e.offset/blockSize, (e.end()+blockSize-1)/blockSize
-			if end := min(t.known.nextClear(first, last)*blockSize, e.end()); end > e.offset {
+			first, last := e.offset/page, (e.end()+page-1)/page
+			if end := min(t.known.nextClear(first, last)*page, e.end()); end > e.offset {
 				t.skipped.Add(end - e.offset)
 				t.applied.Add(end - e.offset)
 				e = extent{end, e.end() - end}
 				continue
 			}
-			end := min(t.known.nextSet(first, last)*blockSize, e.end(), e.offset+maxZero)
+			end := min(t.known.nextSet(first, last)*page, e.end(), e.offset+maxZero)
 			t.fill(w, extent{e.offset, end - e.offset})
 			e = extent{end, e.end() - end}
 		}
