@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -136,8 +137,7 @@ func makeAlike(from, to string) error {
 	return os.WriteFile(to, nil, 0o644)
 }
 
-// unmountBelow detaches every mount on or below the paths, except those paths
-// that are the root's.
+// unmountBelow detaches every mount on or below the paths.
 func unmountBelow(paths []string) error {
 	points, err := mountPoints()
 	if err != nil {
@@ -165,16 +165,20 @@ func mountPoints() ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read mounts: %w", err)
 	}
+	return parseMountPoints(string(text)), nil
+}
+
+func parseMountPoints(mountinfo string) []string {
 	// The kernel writes these as octal numbers (show_mountinfo).
 	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
 	var points []string
-	for line := range strings.Lines(string(text)) {
-		fields := strings.Fields(line)
-		if len(fields) > 4 {
-			points = append([]string{unescape.Replace(fields[4])}, points...)
+	for line := range strings.Lines(mountinfo) {
+		if fields := strings.Fields(line); len(fields) > 4 {
+			points = append(points, unescape.Replace(fields[4]))
 		}
 	}
-	return points, nil
+	slices.Reverse(points)
+	return points
 }
 
 // within reports whether path is dir or lies below it.

@@ -108,6 +108,9 @@ func startChild(name string, args []string, log string, inherit []*os.File, sys 
 func runSupervisor(dir string, ready *os.File) error {
 	// The kernel kills the inits when the thread that started them ends.
 	runtime.LockOSThread()
+	// The link's threads must find a processor of the Go scheduler idle when a
+	// packet comes, or they would wait for a thread without their priority.
+	runtime.GOMAXPROCS(runtime.NumCPU() + 4)
 	l, err := Open(dir)
 	if err != nil {
 		return err
