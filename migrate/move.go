@@ -11,7 +11,7 @@ import (
 )
 
 // ErrCancelled is returned when an operator cancelled the move.
-var ErrCancelled = errors.New("cancelled")
+var ErrCancelled = errors.New("cancelled by the operator")
 
 // ErrTooLate is returned when a move can't be cancelled any more.
 var ErrTooLate = errors.New("the destination has the decision already: the move ends by itself in a moment")

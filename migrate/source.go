@@ -229,15 +229,34 @@ func (s *source) prepare(ctx context.Context) (ready prepared, err error) {
 	if err != nil {
 		return ready, err
 	}
-	if err := s.ctl.expect(ctx, kindPrepared, &ready); err != nil {
-		return ready, err
+	s.listening = true
+	go s.listen()
+	select {
+	case a, ok := <-s.answers:
+		switch {
+		case !ok:
+			return ready, fmt.Errorf("session to the destination: %w", s.session.Err())
+		case a.kind == kindPrepared:
+			err = decode(a.body, &ready)
+		default:
+			err = s.gaveUp(a)
+		}
+	case <-ctx.Done():
+		err = context.Cause(ctx)
 	}
 	if len(ready.Cookie) > maxCookie {
 		return ready, errors.New("the destination's libvirt cookie is out of bounds")
 	}
-	s.listening = true
-	go s.listen()
-	return ready, nil
+	return ready, err
+}
+
+// gaveUp is the error of a destination that ends the move before the offer.
+func (s *source) gaveUp(a answer) error {
+	if a.kind != kindAborted && a.kind != kindRefused {
+		return fmt.Errorf("the destination sent message %d out of turn", a.kind)
+	}
+	s.aborted = true
+	return fmt.Errorf("the destination gave up: %w", peerReason(a.body))
 }
 
 // listen passes on what the destination says, until the session ends.
@@ -304,9 +323,12 @@ func (s *source) learn(ctx context.Context) (answer, error) {
 
 // returned ends a move whose guest stays here.
 func (s *source) returned(cause error) error {
+	if errors.Is(cause, ErrCancelled) {
+		cause = ErrCancelled // whatever part it interrupted
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	if s.entry.State != handoff.Offered && s.ctl != nil {
+	if s.entry.State != handoff.Offered && !s.aborted {
 		_ = s.ctl.send(ctx, kindCancel, reason{cause.Error()}) // the session's end says the same
 	}
 	if s.out != nil {
@@ -330,7 +352,7 @@ func (s *source) awaitAborted() {
 	if !s.listening || s.aborted {
 		return
 	}
-	late := time.After(20 * time.Second)
+	late := time.After(time.Minute) // it may be starting QEMU
 	for {
 		select {
 		case a, ok := <-s.answers:

@@ -22,7 +22,9 @@ import (
 type syncer struct {
 	s       *source
 	ctx     context.Context
-	fail    context.CancelCauseFunc
+	end     context.CancelCauseFunc
+	failed  sync.Once
+	unlink  func() bool // from the move's own context
 	work    sync.WaitGroup
 	budget  *blocksync.Budget
 	disks   []*outgoingDisk
@@ -51,13 +53,25 @@ type performed struct {
 
 // startSync opens the channels and the two sockets and starts everything.
 func (s *source) startSync(parent context.Context, cookie []byte) (*syncer, error) {
-	ctx, fail := context.WithCancelCause(parent)
-	sy := &syncer{s: s, ctx: ctx, fail: fail, memoryDone: make(chan error, 1), performed: make(chan performed, 1)}
+	ctx, end := context.WithCancelCause(context.WithoutCancel(parent))
+	sy := &syncer{s: s, ctx: ctx, end: end, memoryDone: make(chan error, 1), performed: make(chan performed, 1)}
+	sy.unlink = context.AfterFunc(parent, func() { sy.fail(context.Cause(parent)) })
 	if err := sy.start(cookie); err != nil {
 		sy.stop()
 		return nil, err
 	}
 	return sy, nil
+}
+
+// fail ends the sync with the first cause. The destination is told it before
+// its channels end, so that its log says the same.
+func (sy *syncer) fail(cause error) {
+	sy.failed.Do(func() {
+		ctx, cancel := context.WithTimeout(sy.ctx, 2*time.Second)
+		defer cancel()
+		_ = sy.s.ctl.send(ctx, kindCancel, reason{cause.Error()}) // the session's end says it as well
+		sy.end(cause)
+	})
 }
 
 func (sy *syncer) start(cookie []byte) error {
@@ -253,11 +267,8 @@ func (sy *syncer) awaitPerform() (performed, error) {
 			case !ok:
 				answers = nil
 				sy.fail(fmt.Errorf("session to the destination: %w", sy.s.session.Err()))
-			case a.kind == kindAborted:
-				sy.s.aborted = true
-				sy.fail(fmt.Errorf("the destination gave up: %w", peerReason(a.body)))
 			default:
-				sy.fail(fmt.Errorf("the destination sent message %d out of turn", a.kind))
+				sy.fail(sy.s.gaveUp(a))
 			}
 		}
 	}
@@ -271,9 +282,8 @@ func (sy *syncer) cause(perform error) error {
 	}
 	select {
 	case a, ok := <-sy.s.answers:
-		if ok && a.kind == kindAborted {
-			sy.s.aborted = true
-			return fmt.Errorf("the destination gave up: %w", peerReason(a.body))
+		if ok {
+			return sy.s.gaveUp(a)
 		}
 	case <-sy.ctx.Done():
 		return context.Cause(sy.ctx)
@@ -284,7 +294,8 @@ func (sy *syncer) cause(perform error) error {
 
 // stop ends every part and waits for it.
 func (sy *syncer) stop() {
-	sy.fail(errors.New("the move ended"))
+	sy.unlink()
+	sy.end(errors.New("the move ended"))
 	if sy.unwatch != nil {
 		sy.unwatch()
 	}
