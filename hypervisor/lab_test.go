@@ -124,17 +124,37 @@ func (s *site) open(t *testing.T) *Host {
 // restart kills libvirtd and waits for the next one. Guests run on.
 func (s *site) restart(t *testing.T) {
 	t.Helper()
-	for _, p := range children(s.init) {
-		if b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", p)); strings.TrimSpace(string(b)) == "libvirtd" {
-			if err := syscall.Kill(p, syscall.SIGTERM); err != nil {
-				t.Fatal(err)
-			}
-			eventually(t, "the end of libvirtd", func() bool { return syscall.Kill(p, 0) != nil })
-			s.open(t).Close()
-			return
+	p := s.libvirtd(t)
+	if err := syscall.Kill(p, syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the end of libvirtd", func() bool { return syscall.Kill(p, 0) != nil })
+	s.open(t).Close()
+}
+
+// freeze stops libvirtd, not its guests, until resume is called.
+func (s *site) freeze(t *testing.T) (resume func()) {
+	t.Helper()
+	p := s.libvirtd(t)
+	if err := syscall.Kill(p, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		if err := syscall.Kill(p, syscall.SIGCONT); err != nil {
+			t.Fatal(err)
 		}
 	}
-	t.Fatal("no libvirtd to restart")
+}
+
+func (s *site) libvirtd(t *testing.T) int {
+	t.Helper()
+	for _, p := range children(s.init) {
+		if b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", p)); strings.TrimSpace(string(b)) == "libvirtd" {
+			return p
+		}
+	}
+	t.Fatal("no libvirtd")
+	return 0
 }
 
 // virsh runs virsh on this site.
@@ -198,11 +218,13 @@ type relay struct {
 	conns    []net.Conn
 	closed   bool
 	group    sync.WaitGroup
-	bytes    int64
+	budget   int64         // bytes before a stall, 0 for no limit
+	stalled  chan struct{} // closed when they are spent
+	over     chan struct{} // closed by close
 }
 
 func newRelay(t *testing.T, l net.Listener, to string) *relay {
-	r := &relay{listener: l}
+	r := &relay{listener: l, stalled: make(chan struct{}), over: make(chan struct{})}
 	r.group.Go(func() {
 		for {
 			a, err := l.Accept()
@@ -231,22 +253,68 @@ func newRelay(t *testing.T, l net.Listener, to string) *relay {
 }
 
 func (r *relay) splice(dst, src net.Conn) {
-	n, _ := io.Copy(dst, src)
-	r.mu.Lock()
-	r.bytes += n
-	r.mu.Unlock()
+	_, _ = io.Copy(struct{ io.Writer }{writerFunc(func(p []byte) (int, error) {
+		r.spend(len(p))
+		return dst.Write(p)
+	})}, src)
 	_ = dst.(*net.UnixConn).CloseWrite()
 }
+
+// stall makes the relay take so many bytes and then no more.
+func (r *relay) stall(after int64) {
+	r.mu.Lock()
+	r.budget = after
+	r.mu.Unlock()
+}
+
+func (r *relay) spend(n int) {
+	r.mu.Lock()
+	if r.budget == 0 {
+		r.mu.Unlock()
+		return
+	}
+	if r.budget -= int64(n); r.budget > 0 {
+		r.mu.Unlock()
+		return
+	}
+	r.budget = 1
+	select {
+	case <-r.stalled:
+	default:
+		close(r.stalled)
+	}
+	r.mu.Unlock()
+	<-r.over
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 func (r *relay) close() {
 	r.listener.Close()
 	r.mu.Lock()
+	if !r.closed {
+		close(r.over)
+	}
 	r.closed = true
 	for _, c := range r.conns {
 		c.Close()
 	}
 	r.mu.Unlock()
 	r.group.Wait()
+}
+
+// attachLoop makes a block device of a file.
+func attachLoop(t *testing.T, file string) string {
+	t.Helper()
+	out, err := exec.Command("losetup", "--find", "--show", file).Output()
+	if err != nil {
+		t.Fatalf("losetup: %v", err)
+	}
+	dev := strings.TrimSpace(string(out))
+	t.Cleanup(func() { tool(t, "losetup", "--detach", dev) })
+	return dev
 }
 
 func within(t *testing.T, d time.Duration) context.Context {

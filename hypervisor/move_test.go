@@ -84,21 +84,32 @@ type flight struct {
 	ram, nbd  *relay
 	sram, snb string
 	disks     []string
+	device    string
+}
+
+// manner is how a test moves its guest.
+type manner struct {
+	persist, paused bool
+	device          string // where vda goes, instead of a file
 }
 
 // prepare does everything up to Perform.
-func prepare(t *testing.T, src, dst *site, dom *Domain, persist, paused bool) *flight {
+func prepare(t *testing.T, src, dst *site, dom *Domain, m manner) *flight {
 	t.Helper()
 	ctx := t.Context()
-	f := &flight{src: src, dst: dst, dom: dom, disks: []string{"vda", "vdb"}}
+	f := &flight{src: src, dst: dst, dom: dom, disks: []string{"vda", "vdb"}, device: m.device}
 	changes := Changes{Disks: map[string]DiskChange{"hdc": {Drop: true}}}
 	for _, d := range dom.Disks {
 		if d.Device != "disk" {
 			continue
 		}
 		path := filepath.Join(dst.dir, "disks", filepath.Base(d.Path))
-		changes.Disks[d.Target] = DiskChange{Path: path, Type: "file"}
-		err := dst.host.CreateDisk(ctx, DiskSpec{Path: path, Type: "file", Format: d.Format, VirtualSize: d.VirtualSize, ClusterSize: d.ClusterSize})
+		kind := "file"
+		if d.Target == "vda" && m.device != "" {
+			path, kind = m.device, "block"
+		}
+		changes.Disks[d.Target] = DiskChange{Path: path, Type: kind}
+		err := dst.host.CreateDisk(ctx, DiskSpec{Path: path, Type: kind, Format: d.Format, VirtualSize: d.VirtualSize, ClusterSize: d.ClusterSize})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -108,12 +119,12 @@ func prepare(t *testing.T, src, dst *site, dom *Domain, persist, paused bool) *f
 		t.Fatal(err)
 	}
 	var persistXML string
-	if persist {
+	if m.persist {
 		if persistXML, err = Rewrite(dom.InactiveXML, changes); err != nil {
 			t.Fatal(err)
 		}
 	}
-	f.out, err = src.host.BeginOut(ctx, dom, OutOptions{DestXML: destXML, PersistXML: persistXML, Disks: f.disks, Persist: persist, Undefine: persist, Paused: paused})
+	f.out, err = src.host.BeginOut(ctx, dom, OutOptions{DestXML: destXML, PersistXML: persistXML, Disks: f.disks, Persist: m.persist, Undefine: m.persist, Paused: m.paused})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +134,7 @@ func prepare(t *testing.T, src, dst *site, dom *Domain, persist, paused bool) *f
 		t.Fatal(err)
 	}
 	f.in, err = dst.host.PrepareIn(ctx, InOptions{Name: dom.Name, XML: f.out.XML, PersistXML: persistXML, Cookie: f.out.Cookie,
-		RAMSocket: dram, NBDSocket: dnbd, Disks: f.disks, Persist: persist, Paused: paused})
+		RAMSocket: dram, NBDSocket: dnbd, Disks: f.disks, Persist: m.persist, Paused: m.paused})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -181,6 +192,9 @@ func (f *flight) wantDisks(t *testing.T) {
 			continue
 		}
 		to := filepath.Join(f.dst.dir, "disks", filepath.Base(d.Path))
+		if d.Target == "vda" && f.device != "" {
+			to = f.device
+		}
 		tool(t, "qemu-img", "compare", "-U", "-f", d.Format, "-F", d.Format, d.Path, to)
 		out, err := exec.Command("qemu-img", "info", "-U", "-f", d.Format, to).Output()
 		if err != nil || bytes.Contains(out, []byte("backing")) {
@@ -198,15 +212,22 @@ func TestMove(t *testing.T) {
 		{"transient", false, false},
 		{"persistent", true, false},
 		{"paused", true, true},
+		{"device", true, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			var device string
+			if test.name == "device" {
+				file := filepath.Join(dst.dir, "disks/loop")
+				write(t, file, strings.Repeat("\xff", raw))
+				device = attachLoop(t, file)
+			}
 			dom := newGuest(t, src, test.name, test.persistent)
 			if test.suspend {
 				if err := src.host.Suspend(t.Context(), dom.UUID); err != nil {
 					t.Fatal(err)
 				}
 			}
-			f := prepare(t, src, dst, dom, test.persistent, test.suspend)
+			f := prepare(t, src, dst, dom, manner{persist: test.persistent, paused: test.suspend, device: device})
 			cookie := f.perform(t)
 			wantState(t, src, dom.UUID, Paused)
 			stats, err := src.host.JobStats(t.Context(), dom.UUID)
@@ -244,7 +265,7 @@ func TestMove(t *testing.T) {
 				t.Errorf("persistent at the destination: %v, want %v", there.Persistent, test.persistent)
 			}
 			for _, d := range there.Disks {
-				if d.Path != "" && !strings.HasPrefix(d.Path, dst.dir) {
+				if d.Path != "" && !strings.HasPrefix(d.Path, dst.dir) && d.Path != device {
 					t.Errorf("disk %s is %s", d.Target, d.Path)
 				}
 			}
@@ -286,7 +307,7 @@ func stalled(t *testing.T, f *flight) {
 func TestPerformCancelled(t *testing.T) {
 	src, dst := newSite(t, "amsterdam"), newSite(t, "boston")
 	dom := newGuest(t, src, "guest", true)
-	f := prepare(t, src, dst, dom, true, false)
+	f := prepare(t, src, dst, dom, manner{persist: true})
 	stalled(t, f)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("the operator said so")
@@ -334,7 +355,7 @@ func again(t *testing.T, f *flight) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f = prepare(t, f.src, f.dst, dom, dom.Persistent, false)
+	f = prepare(t, f.src, f.dst, dom, manner{persist: dom.Persistent})
 	cookie := f.perform(t)
 	if err := f.in.Finish(within(t, time.Minute), cookie, false); err != nil {
 		t.Fatal(err)
@@ -347,10 +368,131 @@ func again(t *testing.T, f *flight) {
 	f.wantDisks(t)
 }
 
+// A mirror that waits for a stalled target ends when its sockets close.
+func TestMirrorCancelled(t *testing.T) {
+	src, dst := newSite(t, "amsterdam"), newSite(t, "boston")
+	dom := newGuest(t, src, "guest", true)
+	f := prepare(t, src, dst, dom, manner{persist: true})
+	f.nbd.stall(1 << 20)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	why := errors.New("the link is gone")
+	go func() {
+		<-f.nbd.stalled
+		cancel(why)
+		// Only now does the abort have something to wait for.
+		time.Sleep(time.Second)
+		f.nbd.close()
+	}()
+	_, err := f.out.Perform(ctx, f.in.Cookie, f.sram, f.snb)
+	cancel(nil)
+	if !errors.Is(err, why) {
+		t.Fatalf("Perform: %v, want its context's cause", err)
+	}
+	wantState(t, src, dom.UUID, Running)
+	if err := f.in.Finish(within(t, time.Minute), nil, true); err != nil {
+		t.Fatal(err)
+	}
+	wantGone(t, dst, dom.UUID)
+	again(t, f)
+}
+
+func TestBrokenLink(t *testing.T) {
+	src, dst := newSite(t, "amsterdam"), newSite(t, "boston")
+	dom := newGuest(t, src, "guest", true)
+	f := prepare(t, src, dst, dom, manner{persist: true})
+	f.nbd.stall(1 << 20)
+	go func() {
+		<-f.nbd.stalled
+		f.nbd.close()
+		f.ram.close()
+	}()
+	if _, err := f.out.Perform(within(t, time.Minute), f.in.Cookie, f.sram, f.snb); err == nil || errors.Is(err, ErrNoAnswer) {
+		t.Fatalf("Perform: %v", err)
+	}
+	wantState(t, src, dom.UUID, Running)
+	// The destination's agent sees only that its peer is gone.
+	f.in.Close()
+	eventually(t, "the end of the incoming domain", func() bool {
+		_, err := dst.host.State(t.Context(), dom.UUID)
+		return errors.Is(err, ErrNoDomain)
+	})
+	again(t, f)
+}
+
+func TestPrepareFails(t *testing.T) {
+	src, dst := newSite(t, "amsterdam"), newSite(t, "boston")
+	dom := newGuest(t, src, "guest", true)
+	out, err := src.host.BeginOut(t.Context(), dom, OutOptions{DestXML: dom.XML, Disks: []string{"vda", "vdb"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	ram, nbd, err := dst.host.DestinationSockets(t.Context(), "m1", dom.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	xml, err := Rewrite(out.XML, Changes{Disks: map[string]DiskChange{"vda": {Path: "/no/such/disk", Type: "file"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = dst.host.PrepareIn(t.Context(), InOptions{Name: dom.Name, XML: xml, Cookie: out.Cookie, RAMSocket: ram, NBDSocket: nbd, Disks: []string{"vda", "vdb"}})
+	if err == nil || !strings.Contains(err.Error(), "/no/such") {
+		t.Fatalf("PrepareIn: %v", err)
+	}
+	wantGone(t, dst, dom.UUID)
+	if err := src.host.Undefine(t.Context(), dom.UUID, false); err == nil {
+		t.Error("the domain's configuration changed during a migration")
+	}
+	if err := out.Confirm(t.Context(), nil, true); err != nil {
+		t.Fatal(err)
+	}
+	wantState(t, src, dom.UUID, Running)
+	if err := src.host.Undefine(t.Context(), dom.UUID, false); err != nil {
+		t.Error("after the migration:", err)
+	}
+}
+
+// libvirt compares the devices: an emptied drive passes, a missing one does not.
+func TestDevicesMustStay(t *testing.T) {
+	src := newSite(t, "amsterdam")
+	dom := newGuest(t, src, "guest", true)
+	doc, err := parseXML(dom.XML, "domain")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cd := diskElements(doc)[2]
+	cd.Parent().RemoveChild(cd)
+	xml, err := doc.WriteToString()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := src.host.BeginOut(t.Context(), dom, OutOptions{DestXML: xml, Disks: []string{"vda", "vdb"}}); err == nil {
+		out.Close()
+		t.Error("a removed CD-ROM drive passes")
+	}
+	wantState(t, src, dom.UUID, Running)
+}
+
+// A stopped libvirtd answers nothing; its clients' contexts end their calls.
+func TestNoAnswer(t *testing.T) {
+	src := newSite(t, "amsterdam")
+	dom := newGuest(t, src, "guest", true)
+	resume := src.freeze(t)
+	_, err := src.host.State(within(t, 300*time.Millisecond), dom.UUID)
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("State: %v", err)
+	}
+	if _, err := Open(within(t, 300*time.Millisecond), src.socket(), src.host.log); !errors.Is(err, ErrNoAnswer) {
+		t.Errorf("Open: %v", err)
+	}
+	resume()
+	wantState(t, src, dom.UUID, Running)
+}
+
 func TestConfirmCancelled(t *testing.T) {
 	src, dst := newSite(t, "amsterdam"), newSite(t, "boston")
 	dom := newGuest(t, src, "guest", true)
-	f := prepare(t, src, dst, dom, true, false)
+	f := prepare(t, src, dst, dom, manner{persist: true})
 	f.perform(t)
 	wantState(t, src, dom.UUID, Paused)
 	if err := f.in.Finish(within(t, time.Minute), nil, true); err != nil {
@@ -367,7 +509,7 @@ func TestConfirmCancelled(t *testing.T) {
 func TestConnectionsClosed(t *testing.T) {
 	src, dst := newSite(t, "amsterdam"), newSite(t, "boston")
 	dom := newGuest(t, src, "guest", false)
-	f := prepare(t, src, dst, dom, false, false)
+	f := prepare(t, src, dst, dom, manner{})
 	f.perform(t)
 	f.out.Close()
 	f.in.Close()
