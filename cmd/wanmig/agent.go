@@ -38,6 +38,6 @@ with 1.`,
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&config, "config", config, "configuration file")
+	cmd.Flags().StringVar(&config, "config", config, "configuration `FILE`")
 	return cmd
 }

@@ -71,7 +71,7 @@ func (a *cannedAgent) waitFor(request string) error {
 	select {
 	case <-asked:
 		return nil
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		return fmt.Errorf("the agent was not asked %q", request)
 	}
 }

@@ -88,7 +88,7 @@ it over a unix socket.
 		SilenceUsage:  true,
 	}
 	client := func() *agent.Client { return agent.NewClient(socket) }
-	root.PersistentFlags().StringVar(&socket, "agent", socket, "the agent's socket; also from $WANMIG_AGENT")
+	root.PersistentFlags().StringVar(&socket, "agent", socket, "the agent's `SOCKET`; also from $WANMIG_AGENT")
 	root.SetFlagErrorFunc(explainFlag)
 	root.AddCommand(
 		newAgentCommand(),
@@ -108,10 +108,9 @@ func noSuchCommand(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
 	}
-	cmd.SuggestionsMinimumDistance = 2
 	message := fmt.Sprintf("no command %q", cmd.CommandPath()+" "+args[0])
-	if close := cmd.SuggestionsFor(args[0]); len(close) > 0 {
-		return fmt.Errorf("%s (did you mean %q?)", message, cmd.CommandPath()+" "+close[0])
+	if near := nearest(cmd, args[0]); near != "" {
+		return fmt.Errorf("%s (did you mean %q?)", message, cmd.CommandPath()+" "+near)
 	}
 	return fmt.Errorf("%s (see %s --help)", message, cmd.CommandPath())
 }
@@ -123,14 +122,30 @@ func explainFlag(cmd *cobra.Command, err error) error {
 		return err
 	}
 	// As a command's children the flags are measured as commands are.
-	flags := &cobra.Command{SuggestionsMinimumDistance: 2}
+	flags := &cobra.Command{}
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
 		flags.AddCommand(&cobra.Command{Use: f.Name, Run: func(*cobra.Command, []string) {}})
 	})
-	if close := flags.SuggestionsFor(unknown.GetSpecifiedName()); len(close) > 0 {
-		return fmt.Errorf("%w (did you mean --%s?)", err, close[0])
+	if near := nearest(flags, unknown.GetSpecifiedName()); near != "" {
+		return fmt.Errorf("%w (did you mean --%s?)", err, near)
 	}
 	return fmt.Errorf("%w (see %s --help)", err, cmd.CommandPath())
+}
+
+// nearest returns the subcommand that was likely meant, if any: rather one
+// that was begun than one that is merely alike.
+func nearest(cmd *cobra.Command, typed string) string {
+	cmd.SuggestionsMinimumDistance = 2
+	near := cmd.SuggestionsFor(typed)
+	for _, s := range near {
+		if strings.HasPrefix(s, typed) {
+			return s
+		}
+	}
+	if len(near) > 0 {
+		return near[0]
+	}
+	return ""
 }
 
 // need checks the number of arguments and names what is missing or too much. A

@@ -64,7 +64,7 @@ or unknown.
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&req.To, "to", "", "the site to move to")
+	f.StringVar(&req.To, "to", "", "the `SITE` to move to")
 	f.BoolVar(&asJSON, "json", false, "print the result as one JSON object")
 	f.BoolVar(&detach, "detach", false, "begin the move, print its ID and leave")
 	f.BoolVar(&req.DryRun, "dry-run", false, "only check whether the VM can be moved")

@@ -41,7 +41,7 @@ identity (wanmig id, asked there). The other site has to add this one as well.`,
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&id, "id", "", "the other agent's identity")
+	cmd.Flags().StringVar(&id, "id", "", "the other agent's identity, an `ID`")
 	return cmd
 }
 

@@ -152,7 +152,7 @@ func (s *screen) waitFor(t *testing.T, want string) {
 // waitForAfter waits until want is printed later than the last printed mark.
 func (s *screen) waitForAfter(t *testing.T, mark, want string) {
 	t.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(time.Minute)
 	from := -1
 	for {
 		s.mu.Lock()
