@@ -1,0 +1,104 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/wanmig/wanmig/lab"
+)
+
+func vmCommand(dir *string) *cobra.Command {
+	var o lab.VMOptions
+	var disks []string
+	var format, memory, dirty, write, workingSet string
+	var persistent bool
+	cmd := &cobra.Command{
+		Use:   "vm NAME",
+		Short: "Boot a guest with files on its disks and a load to verify",
+		Long: `vm makes a guest from Debian's packages and waits until it answers. Its first
+disk holds files from this machine's packages, up to a third of its size.
+
+A disk is a size or the path of an empty block device, and may say
+format=raw|qcow2, bus=virtio|scsi|sata and backing=yes|no:
+  --disk 1GiB --disk 512MiB,format=qcow2,bus=scsi --disk /dev/loop3`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			o.Name = args[0]
+			for _, s := range disks {
+				d, err := lab.ParseDisk(s, format)
+				if err != nil {
+					return err
+				}
+				o.Disks = append(o.Disks, d)
+			}
+			for _, size := range []struct {
+				flag, text string
+				to         *int64
+			}{{"memory", memory, &o.Memory}, {"dirty", dirty, &o.Dirty}, {"write", write, &o.Write}, {"working-set", workingSet, &o.WorkingSet}} {
+				n, err := parseAmount(size.flag, size.text)
+				if err != nil {
+					return err
+				}
+				*size.to = n
+			}
+			l, err := lab.Open(*dir)
+			if err != nil {
+				return err
+			}
+			vm, err := l.CreateVM(cmd.Context(), o)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%s is up at %s after %.1f s (%s)\n  %s, %s%%br0, %s\n  disks %s\n  console log %s\n",
+				vm.Name, vm.Home, vm.BootTime.Seconds(), vm.Accel, vm.Address, vm.LinkLocal, vm.MAC, strings.Join(vm.Disks, ", "), vm.SerialLog())
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.Site, "site", lab.LocalDC, "data centre to boot it at")
+	f.StringVar(&memory, "memory", "512MiB", "memory")
+	f.IntVar(&o.VCPUs, "vcpus", 1, "virtual processors")
+	f.StringArrayVar(&disks, "disk", []string{"1GiB"}, "a disk; can be given several times")
+	f.StringVar(&format, "format", "raw", "format of disks that do not say: raw or qcow2")
+	f.StringVar(&dirty, "dirty", "0", "memory to dirty, such as 20MiB/s")
+	f.StringVar(&write, "write", "0", "blocks to write to each disk, such as 5MiB/s")
+	f.StringVar(&workingSet, "working-set", "64MiB", "memory to dirty in")
+	f.BoolVar(&o.Transient, "transient", false, "make a domain that is gone when it stops")
+	f.BoolVar(&persistent, "persistent", true, "make a domain that stays defined when it stops")
+	f.StringVar(&o.Accel, "accel", "auto", "kvm, tcg, or auto: kvm where a guest boots with it")
+	f.BoolVar(&o.UEFI, "uefi", false, "boot with OVMF and an NVRAM of its own")
+	f.BoolVar(&o.CDROM, "cdrom", false, "attach a read-only CD-ROM")
+	addImages(cmd, &o.Cache, &o.Guest)
+	cmd.MarkFlagsMutuallyExclusive("transient", "persistent")
+	return cmd
+}
+
+// parseAmount reads a size, or a rate per second.
+func parseAmount(flag, text string) (int64, error) {
+	if text == "0" {
+		return 0, nil
+	}
+	n, err := lab.ParseSize(strings.TrimSuffix(text, "/s"))
+	if err != nil {
+		return 0, fmt.Errorf("--%s: %w", flag, err)
+	}
+	return n, nil
+}
+
+// findVM opens a VM, and finds the data centre where it runs unless site names it.
+func findVM(cmd *cobra.Command, dir, name, site string) (*lab.VM, string, error) {
+	l, err := lab.Open(dir)
+	if err != nil {
+		return nil, "", err
+	}
+	vm, err := l.VM(name)
+	if err != nil {
+		return nil, "", err
+	}
+	if site == "" {
+		site, err = vm.Site(cmd.Context())
+	}
+	return vm, site, err
+}

@@ -1,0 +1,88 @@
+package main
+
+import (
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/wanmig/wanmig/lab/guest/api"
+)
+
+const (
+	maxRate = 10 << 30 // bytes per second
+
+	verifyPages  = 1024 // per second
+	verifyBlocks = 16   // per second and disk
+
+	batch = 250 * time.Millisecond // of blocks written before an fsync
+)
+
+// load is the work asked for, and the workers that do it.
+type load struct {
+	mu     sync.Mutex
+	now    api.Load
+	memory *memory
+	disks  []*disk
+}
+
+func (l *load) get() api.Load {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.now
+}
+
+// set changes the load to what is asked, within what the guest has.
+func (l *load) set(want api.Load) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	want.Dirty = min(want.Dirty, maxRate)
+	want.Write = min(want.Write, maxRate)
+	if want.WorkingSet != l.now.WorkingSet {
+		want.WorkingSet = l.memory.setWorkingSet(want.WorkingSet)
+	}
+	l.now = want
+}
+
+// start runs the workers for as long as the guest lives.
+func (l *load) start() {
+	go pace(10*time.Millisecond, func() float64 { return float64(l.get().Dirty) / api.PageSize }, func(n int64) {
+		for range n {
+			l.memory.dirty()
+		}
+	})
+	go pace(20*time.Millisecond, func() float64 { return verifyPages }, func(n int64) {
+		for range n {
+			l.memory.verifyNext()
+		}
+	})
+	for _, d := range l.disks {
+		if d.ring == nil {
+			continue
+		}
+		go pace(batch, func() float64 { return float64(l.get().Write) / api.BlockSize }, func(n int64) {
+			if err := d.put(n); err != nil {
+				slog.Error("disk write", "device", d.device, "err", err)
+				d.fault("%v", err)
+				time.Sleep(time.Second)
+			}
+		})
+		go pace(100*time.Millisecond, func() float64 { return verifyBlocks }, func(int64) { d.verifyNext() })
+	}
+}
+
+// pace calls do every interval, for ever, with the number of steps that the rate, in steps per second, has made due since.
+// After a pause it does not catch up on more than four intervals.
+func pace(interval time.Duration, rate func() float64, do func(n int64)) {
+	due := 0.0
+	last := monotonic()
+	for {
+		time.Sleep(interval)
+		now := monotonic()
+		due += rate() * min(now-last, 4*interval).Seconds()
+		last = now
+		if n := int64(due); n > 0 {
+			due -= float64(n)
+			do(n)
+		}
+	}
+}

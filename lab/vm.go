@@ -1,0 +1,535 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+	"unicode"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wanmig/wanmig/lab/guest/api"
+)
+
+// ErrNoVM is returned when the lab has made no VM of that name.
+var ErrNoVM = errors.New("no such VM")
+
+// VMOptions describe a VM to be made. The zero value of a field other than Name is a default.
+type VMOptions struct {
+	Name       string
+	Site       string        // LocalDC by default
+	Memory     int64         // bytes, 512 MiB by default
+	VCPUs      int           // 1 by default
+	Disks      []DiskOptions // one raw disk of 1 GiB by default
+	Dirty      int64         // bytes of memory dirtied per second
+	Write      int64         // bytes written per second, to each disk
+	WorkingSet int64         // bytes of memory in use, 64 MiB by default
+	Transient  bool
+	Accel      string // auto, kvm or tcg; auto is kvm where a guest boots with it
+	UEFI       bool
+	CDROM      bool // attach a small read-only CD-ROM
+
+	Cache string // directory of Images
+	Guest string // the program wanlab-guest
+}
+
+func (o *VMOptions) complete() error {
+	if o.Site == "" {
+		o.Site = LocalDC
+	}
+	if o.Memory == 0 {
+		o.Memory = 512 << 20
+	}
+	if o.VCPUs == 0 {
+		o.VCPUs = 1
+	}
+	if o.WorkingSet == 0 {
+		o.WorkingSet = 64 << 20
+	}
+	if o.Accel == "" {
+		o.Accel = "auto"
+	}
+	if len(o.Disks) == 0 {
+		o.Disks = []DiskOptions{{Size: defaultDisk, Format: "raw", Bus: "virtio"}}
+	}
+	if err := checkName(o.Name); err != nil {
+		return err
+	}
+	switch {
+	case o.Site != LocalDC && o.Site != RemoteDC:
+		return unknownSite(o.Site, DataCentres)
+	case o.Memory < 128<<20 || o.Memory > 1<<40 || o.Memory%(1<<20) != 0:
+		return fmt.Errorf("memory of %s: %d bytes: want 128MiB or more, in whole MiB", o.Name, o.Memory)
+	case o.VCPUs < 1 || o.VCPUs > 64:
+		return fmt.Errorf("vcpus of %s: %d: want 1 to 64", o.Name, o.VCPUs)
+	case len(o.Disks) > maxDisks:
+		return fmt.Errorf("disks of %s: %d: want at most %d", o.Name, len(o.Disks), maxDisks)
+	case o.Accel != "auto" && o.Accel != "kvm" && o.Accel != "tcg":
+		return fmt.Errorf("accelerator %q: want auto, kvm or tcg", o.Accel)
+	case o.Dirty < 0 || o.Write < 0 || o.WorkingSet < 0:
+		return fmt.Errorf("load of %s: rates and sizes cannot be negative", o.Name)
+	}
+	for i, d := range o.Disks {
+		if err := d.validate(); err != nil {
+			return fmt.Errorf("disk %d of %s: %w", i, o.Name, err)
+		}
+	}
+	return nil
+}
+
+// checkName refuses names that files, libvirt or a command line would take for something else.
+func checkName(name string) error {
+	for i, r := range name {
+		letter := unicode.IsLetter(r) || unicode.IsDigit(r)
+		if !letter && (i == 0 || !strings.ContainsRune(" ._+@-", r)) {
+			return fmt.Errorf("VM name %q: want letters, digits, spaces and ._+@-, the first a letter or digit", name)
+		}
+	}
+	if name == "" || len(name) > 64 || strings.TrimSpace(name) != name {
+		return fmt.Errorf("VM name %q: want 1 to 64 bytes, without a space at the end", name)
+	}
+	return nil
+}
+
+// VM is a guest of the lab, wherever it runs.
+type VM struct {
+	Name    string     `json:"name"`
+	UUID    string     `json:"uuid"`
+	MAC     string     `json:"mac"`
+	Address netip.Addr `json:"address"` // IPv4, in the guests' network of the site where it was made
+	// LinkLocal is the guest's IPv6 address on the bridge of whichever site it runs at.
+	LinkLocal netip.Addr `json:"link_local"`
+	Home      string     `json:"home"`  // site where it was made
+	Disks     []string   `json:"disks"` // paths inside the site
+	Accel     string     `json:"accel"` // kvm or tcg
+	// BootTime is from the start of the VM until it answered.
+	BootTime time.Duration `json:"boot_time_ns"`
+
+	Files []string `json:"files"` // made for it, as paths inside the site
+	lab   *Lab
+}
+
+// SerialLog is the path, inside each site, of the log of the VM's serial console.
+func (v *VM) SerialLog() string { return "/var/log/libvirt/" + v.Name + ".serial.log" }
+
+func (l *Lab) vmDir() string { return filepath.Join(l.Dir, "guests") }
+func (l *Lab) vmFile(name string) string {
+	return filepath.Join(l.vmDir(), url.PathEscape(name)+".json")
+}
+func (v *VM) host() (*Site, error) { return v.lab.Site(v.Home) }
+func deriveMAC(name string) (mac [6]byte) {
+	h := sha256.Sum256([]byte(name))
+	copy(mac[:], []byte{0x52, 0x54, 0, h[0], h[1], h[2]})
+	return
+}
+
+// linkLocal is the address that IPv6 makes from a MAC (RFC 4291, appendix A).
+func linkLocal(m [6]byte) netip.Addr {
+	return netip.AddrFrom16([16]byte{0xfe, 0x80, 8: m[0] ^ 2, m[1], m[2], 0xff, 0xfe, m[3], m[4], m[5]})
+}
+
+// VM returns a VM made by CreateVM.
+func (l *Lab) VM(name string) (*VM, error) {
+	if err := checkName(name); err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile(l.vmFile(name))
+	if errors.Is(err, os.ErrNotExist) {
+		names, listErr := l.vmNames()
+		if listErr != nil {
+			return nil, listErr
+		}
+		if len(names) == 0 {
+			return nil, fmt.Errorf("%q: %w: make one with wanlab vm NAME", name, ErrNoVM)
+		}
+		return nil, fmt.Errorf("%q: %w: there are %s", name, ErrNoVM, strings.Join(names, ", "))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read VM: %w", err)
+	}
+	v := &VM{lab: l}
+	if err := json.Unmarshal(b, v); err != nil {
+		return nil, fmt.Errorf("read %s: %w", l.vmFile(name), err)
+	}
+	return v, nil
+}
+
+func (l *Lab) vmNames() ([]string, error) {
+	entries, err := os.ReadDir(l.vmDir())
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("list VMs: %w", err)
+	}
+	var names []string
+	for _, e := range entries {
+		if base, ok := strings.CutSuffix(e.Name(), ".json"); ok {
+			if name, err := url.PathUnescape(base); err == nil {
+				names = append(names, name)
+			}
+		}
+	}
+	return names, nil
+}
+
+// register gives a VM its identity and the lowest address that no other VM of its site has, and writes it down.
+func (l *Lab) register(name, site string) (*VM, error) {
+	if err := os.MkdirAll(l.vmDir(), 0o755); err != nil {
+		return nil, fmt.Errorf("register VM: %w", err)
+	}
+	dir, err := os.Open(l.vmDir())
+	if err != nil {
+		return nil, fmt.Errorf("register VM: %w", err)
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		return nil, fmt.Errorf("register VM: lock: %w", err)
+	}
+	names, err := l.vmNames()
+	if err != nil {
+		return nil, err
+	}
+	mac := deriveMAC(name)
+	used := make(map[netip.Addr]bool)
+	for _, other := range names {
+		if other == name {
+			return nil, fmt.Errorf("VM %q exists already", name)
+		}
+		if deriveMAC(other) == mac {
+			return nil, fmt.Errorf("VM %q would have the MAC of %q: choose another name", name, other)
+		}
+		v, err := l.VM(other)
+		if err != nil {
+			return nil, err
+		}
+		used[v.Address] = true
+	}
+	gateway := l.Sites[site].BridgeAddr.Addr().As4()
+	v := &VM{Name: name, MAC: net.HardwareAddr(mac[:]).String(), LinkLocal: linkLocal(mac), Home: site, lab: l}
+	for n := byte(10); ; n++ {
+		v.Address = netip.AddrFrom4([4]byte{gateway[0], gateway[1], gateway[2], n})
+		if n == 100 {
+			return nil, fmt.Errorf("%s has no address left for VM %q", site, name)
+		}
+		if !used[v.Address] {
+			break
+		}
+	}
+	h := sha256.Sum256([]byte(l.ID + "/" + name))
+	h[6], h[8] = h[6]&0x0f|0x40, h[8]&0x3f|0x80
+	id := hex.EncodeToString(h[:16])
+	v.UUID = id[:8] + "-" + id[8:12] + "-" + id[12:16] + "-" + id[16:20] + "-" + id[20:]
+	return v, v.save()
+}
+
+func (v *VM) save() error {
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write VM: %w", err)
+	}
+	path := v.lab.vmFile(v.Name)
+	if err := os.WriteFile(path+".new", append(b, '\n'), 0o644); err != nil {
+		return fmt.Errorf("write VM: %w", err)
+	}
+	return os.Rename(path+".new", path)
+}
+
+// CreateVM makes a VM and waits until it answers. If that does not succeed, nothing is left of it, and the error has the end
+// of its serial log.
+func (l *Lab) CreateVM(ctx context.Context, o VMOptions) (*VM, error) {
+	if err := o.complete(); err != nil {
+		return nil, err
+	}
+	site, err := l.Site(o.Site)
+	if err != nil {
+		return nil, err
+	}
+	if err := site.alive(); err != nil {
+		return nil, err
+	}
+	im, err := OpenImages(o.Cache, o.Guest)
+	if err != nil {
+		return nil, err
+	}
+	if err := l.forgetRemoved(ctx, o.Name); err != nil {
+		return nil, err
+	}
+	v, err := l.register(o.Name, o.Site)
+	if err != nil {
+		return nil, err
+	}
+	if err := v.create(ctx, im, site, o); err != nil {
+		// Cleaning up must not be stopped by what stopped the making.
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+		defer cancel()
+		return nil, errors.Join(fmt.Errorf("make VM %q: %w", o.Name, err), v.Remove(clean))
+	}
+	return v, nil
+}
+
+// forgetRemoved makes the name of a VM free again that no site has any more, as after a virsh undefine.
+func (l *Lab) forgetRemoved(ctx context.Context, name string) error {
+	for _, dc := range DataCentres {
+		out, err := l.Sites[dc].virsh(ctx, nil, "list", "--all", "--name")
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(string(out)) {
+			if strings.TrimSuffix(line, "\n") == name {
+				return fmt.Errorf("%s has a VM %q already", dc, name)
+			}
+		}
+	}
+	v, err := l.VM(name)
+	if errors.Is(err, ErrNoVM) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return v.Remove(ctx)
+}
+
+func (v *VM) create(ctx context.Context, im *Images, site *Site, o VMOptions) error {
+	kernel := cloudKernel
+	for _, d := range o.Disks {
+		if d.Bus == "sata" {
+			kernel = fullKernel
+		}
+	}
+	boot, err := im.boot(ctx, kernel)
+	if err != nil {
+		return err
+	}
+	v.Accel = o.Accel
+	if v.Accel == "auto" {
+		if v.Accel, err = im.accelerator(ctx); err != nil {
+			return err
+		}
+	}
+	d := &domain{
+		Name: v.Name, UUID: v.UUID, Memory: o.Memory, VCPUs: o.VCPUs, KVM: v.Accel == "kvm", UEFI: o.UEFI,
+		MAC: v.MAC, Bridge: site.Bridge, Serial: v.SerialLog(),
+	}
+	if d.Kernel, d.Initrd, err = v.lab.installBoot(ctx, boot); err != nil {
+		return err
+	}
+	d.Cmdline = v.cmdline(site, o)
+	for n, disk := range o.Disks {
+		path, made, err := site.makeDisk(ctx, im, boot.tree, v.Name, n, disk)
+		v.Files = append(v.Files, made...)
+		if err != nil {
+			return fmt.Errorf("disk %d: %w", n, err)
+		}
+		v.Disks = append(v.Disks, path)
+		kind := "file"
+		if disk.Device != "" {
+			kind = "block"
+		}
+		d.Disks = append(d.Disks, domainDisk{Type: kind, Source: path, Format: disk.Format, Bus: disk.Bus})
+	}
+	d.CDROMTarget = nameTargets(d.Disks)
+	if o.CDROM {
+		d.CDROM = fmt.Sprintf("%s/%s.cdrom.iso", imageDir, v.Name)
+		v.Files = append(v.Files, d.CDROM)
+		if err := writeCDROM(site.Dir + d.CDROM); err != nil {
+			return err
+		}
+	}
+	if err := v.save(); err != nil {
+		return err
+	}
+	xml, err := d.xml()
+	if err != nil {
+		return err
+	}
+	start := time.Now()
+	if err := v.start(ctx, site, xml, o.Transient); err != nil {
+		return err
+	}
+	if err := v.await(ctx, site, o.UEFI); err != nil {
+		return fmt.Errorf("%w; its serial log ends:\n%s", err, v.serialEnd(site))
+	}
+	v.BootTime = time.Since(start)
+	return v.save()
+}
+
+func (v *VM) cmdline(site *Site, o VMOptions) string {
+	h := sha256.Sum256([]byte("seed/" + v.Name))
+	return fmt.Sprintf("console=ttyS0 quiet loglevel=4 mitigations=off panic=1 wanlab.name=%s wanlab.address=%s wanlab.gateway=%s wanlab.seed=%x"+
+		" wanlab.disks=%d wanlab.dirty=%d wanlab.write=%d wanlab.working-set=%d",
+		url.PathEscape(v.Name), netip.PrefixFrom(v.Address, site.BridgeAddr.Bits()), site.BridgeAddr.Addr(), binary.BigEndian.Uint64(h[:]),
+		len(o.Disks), o.Dirty, o.Write, o.WorkingSet)
+}
+
+// installBoot copies kernel and initrd to one path in every data centre, since a VM that has moved names them too.
+func (l *Lab) installBoot(ctx context.Context, boot image) (kernel, initrd string, err error) {
+	const dir = "/var/lib/libvirt/boot"
+	kernel = filepath.Join(dir, filepath.Base(boot.kernel))
+	initrd = filepath.Join(dir, filepath.Base(boot.initrd))
+	for _, dc := range DataCentres {
+		root := l.Sites[dc].Dir
+		if err := os.MkdirAll(root+dir, 0o755); err != nil {
+			return "", "", fmt.Errorf("install kernel: %w", err)
+		}
+		for from, to := range map[string]string{boot.kernel: root + kernel, boot.initrd: root + initrd} {
+			if _, err := os.Stat(to); err == nil {
+				continue
+			}
+			temporary := fmt.Sprintf("%s.%d", to, os.Getpid())
+			if err := copySparse(ctx, from, temporary); err != nil {
+				return "", "", fmt.Errorf("install kernel: %w", err)
+			}
+			if err := os.Rename(temporary, to); err != nil {
+				return "", "", fmt.Errorf("install kernel: %w", err)
+			}
+		}
+	}
+	return kernel, initrd, nil
+}
+
+// writeCDROM makes 4 MiB of content for a CD-ROM.
+func writeCDROM(path string) error {
+	b := make([]byte, 4<<20)
+	for i := range uint64(len(b) / api.BlockSize) {
+		api.Cell{Kind: api.FileCell, Index: i}.Fill(api.Words(b[i*api.BlockSize:][:api.BlockSize]))
+	}
+	return os.WriteFile(path, b, 0o444)
+}
+
+func (v *VM) start(ctx context.Context, site *Site, xml []byte, transient bool) error {
+	if transient {
+		_, err := site.virsh(ctx, xml, "create", "/dev/stdin")
+		return err
+	}
+	if _, err := site.virsh(ctx, xml, "define", "/dev/stdin"); err != nil {
+		return err
+	}
+	_, err := site.virsh(ctx, nil, "start", v.UUID)
+	return err
+}
+
+const (
+	bootTimeout = 90 * time.Second
+	uefiTimeout = 5 * time.Minute // OVMF draws its logo for long under TCG
+)
+
+// await returns when the guest answers.
+func (v *VM) await(ctx context.Context, site *Site, uefi bool) error {
+	limit := bootTimeout
+	if uefi {
+		limit = uefiTimeout
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no answer from the guest in %v", limit))
+	defer cancel()
+	for try := 1; ; try++ {
+		one, done := context.WithTimeout(ctx, 2*time.Second)
+		_, err := v.Report(one, site.Name)
+		done()
+		if err == nil {
+			return nil
+		}
+		if try%10 == 0 {
+			if state, err := v.state(ctx, site); err == nil && state != "running" {
+				return fmt.Errorf("the guest did not stay up: it is %s", state)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// state is the domain's state at a site in virsh's words, or "absent".
+func (v *VM) state(ctx context.Context, site *Site) (string, error) {
+	out, err := site.virsh(ctx, nil, "list", "--all", "--uuid")
+	if err != nil {
+		return "", err
+	}
+	if !bytes.Contains(out, []byte(v.UUID)) {
+		return "absent", nil
+	}
+	out, err = site.virsh(ctx, nil, "domstate", v.UUID)
+	return strings.TrimSpace(string(out)), err
+}
+
+// Site is the name of the data centre where the VM runs.
+func (v *VM) Site(ctx context.Context) (string, error) {
+	var found []string
+	for _, dc := range DataCentres {
+		state, err := v.state(ctx, v.lab.Sites[dc])
+		if err != nil {
+			return "", err
+		}
+		if state == "running" {
+			return dc, nil
+		}
+		found = append(found, fmt.Sprintf("%s at %s", state, dc))
+	}
+	return "", fmt.Errorf("VM %q does not run: it is %s", v.Name, strings.Join(found, ", "))
+}
+
+func (v *VM) serialEnd(site *Site) string {
+	b, err := os.ReadFile(site.Dir + v.SerialLog())
+	if err != nil {
+		return err.Error()
+	}
+	return lastLines(strings.ReplaceAll(string(b), "\r", ""), 20)
+}
+
+// Remove ends the VM wherever it is and removes it with all files that were made for it, and what a move made of its disks
+// at the other site.
+func (v *VM) Remove(ctx context.Context) error {
+	var errs []error
+	for _, dc := range DataCentres {
+		site := v.lab.Sites[dc]
+		state, err := v.state(ctx, site)
+		if err == nil && state != "absent" && state != "shut off" {
+			_, err = site.virsh(ctx, nil, "destroy", v.UUID)
+		}
+		if err == nil {
+			// A transient domain is gone by now.
+			if state, err = v.state(ctx, site); err == nil && state != "absent" {
+				_, err = site.virsh(ctx, nil, "undefine", "--nvram", v.UUID)
+			}
+		}
+		errs = append(errs, err)
+		for _, path := range append(v.Files, v.SerialLog()) {
+			if err := os.Remove(site.Dir + path); err != nil && !errors.Is(err, os.ErrNotExist) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("remove VM %q: %w", v.Name, err)
+	}
+	if err := os.Remove(v.lab.vmFile(v.Name)); err != nil {
+		return fmt.Errorf("remove VM %q: %w", v.Name, err)
+	}
+	return nil
+}
+
+// virsh runs virsh against the site's libvirtd.
+func (s *Site) virsh(ctx context.Context, stdin []byte, args ...string) ([]byte, error) {
+	uri := "qemu+unix:///system?socket=" + url.QueryEscape(s.LibvirtSocket)
+	c := exec.CommandContext(ctx, "virsh", append([]string{"--quiet", "--connect", uri}, args...)...)
+	c.Stdin = bytes.NewReader(stdin)
+	out, err := output(c)
+	if err != nil {
+		return nil, fmt.Errorf("libvirt at %s: %w", s.Name, err)
+	}
+	return out, nil
+}
