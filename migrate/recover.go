@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/wanmig/wanmig/handoff"
@@ -72,11 +73,21 @@ func (e *Engine) recoverMove(ctx context.Context, m *Move, entry handoff.Entry) 
 		}
 		s.Result = r
 	})
+	e.removeSockets(ctx, entry)
 	if err := e.record(&entry, final, m); err != nil {
 		log.Error("the move's end is not in the journal", "error", err)
 		return
 	}
 	log.Info("move recovered", "result", final)
+}
+
+// removeSockets removes what an agent that was killed left for QEMU to connect to.
+func (e *Engine) removeSockets(ctx context.Context, entry handoff.Entry) {
+	for _, name := range []func(context.Context, string, string) (string, string, error){e.Host.SourceSockets, e.Host.DestinationSockets} {
+		if ram, nbd, err := name(ctx, entry.Move, entry.VM); err == nil {
+			_, _ = os.Remove(ram), os.Remove(nbd)
+		}
+	}
 }
 
 // recoverOffered asks for the decision and acts on it.

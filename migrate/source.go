@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/wanmig/wanmig/handoff"
@@ -433,13 +435,30 @@ func (s *source) summarise(err error) {
 			if f.Fatal {
 				continue
 			}
-			r.Notices = append(r.Notices, f.Problem+": "+f.Remedy)
+			r.Notices = append(r.Notices, strings.TrimSuffix(f.Problem+": "+f.Remedy, ": "))
 		}
 		if r.Result == "refused" || r.Result == "checked" {
 			r.Findings = st.Findings
 		}
+		if st.Phase == PhaseDone {
+			r.Notices = append(r.Notices, s.leftBehind()...)
+		}
 		st.Result = &r
 	})
+}
+
+// leftBehind tells where the source's disks are that stay.
+func (s *source) leftBehind() []string {
+	var stay []string
+	for _, d := range s.plan.disks {
+		if path := s.plan.source[d.Target]; !slices.Contains(s.entry.Remove, path) {
+			stay = append(stay, path)
+		}
+	}
+	if len(stay) == 0 {
+		return nil
+	}
+	return []string{"kept at the source: " + strings.Join(stay, ", ")}
 }
 
 // measure splits the downtime: source clock up to the offer, half a round trip,

@@ -112,7 +112,7 @@ func (d Downtime) total() int64 {
 
 // Result is how a move ended: the one JSON object of `wanmig move --json`.
 type Result struct {
-	Result            string    `json:"result"` // done, rolled-back, refused, checked or in-doubt
+	Result            string    `json:"result"` // done, rolled-back, refused, checked or in-doubt; of the command: detached or unknown
 	Move              string    `json:"move"`
 	VM                string    `json:"vm"`
 	To                string    `json:"to"`
