@@ -655,3 +655,45 @@ func BenchmarkTransfer(b *testing.B) {
 		})
 	}
 }
+
+// While a writer is in the spool file, without the mutex, others come by.
+func TestSlowSpool(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget(t, blockSize, 8*blockSize)
+		d := newDisk(1 << 20)
+		x := newTransfer(t, d, b)
+		want := make([]byte, 1<<20)
+		write := func(p []byte, off int64) {
+			copy(want[off:], p)
+			mustWrite(t, x.outbox, p, off)
+		}
+		write(fill(3*blockSize, 1), 0) // the last two in the spool
+
+		gate := make(chan struct{})
+		b.file = &faulty{File: b.file.(*os.File), write: func(int64) error { <-gate; return nil }}
+		go write(fill(page, 2), 2*blockSize)      // again, in its slot
+		go write(fill(page, 3), 4*blockSize)      // two new parts of one block
+		go write(fill(page, 4), 4*blockSize+page) //
+		go write(fill(page, 5), 5*blockSize)      // a new part, and zeros under it
+		synctest.Wait()
+		if err := x.outbox.Zero(t.Context(), 5*blockSize, blockSize, nbd.ZeroFlags{}); err != nil {
+			t.Error(err)
+		}
+		x.start(t.Context())
+		synctest.Wait()
+		if got := x.outbox.Stats().PendingSpool; got != blockSize {
+			t.Errorf("%d bytes wait in the spool: a block was taken from under its writer", got)
+		}
+		close(gate)
+		synctest.Wait()
+		if err := x.finish(); err != nil {
+			t.Error(err)
+		}
+		if !bytes.Equal(d.content, want) {
+			t.Error("content differs")
+		}
+		if err := x.settled(); err != nil {
+			t.Error(err)
+		}
+	})
+}
