@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -34,7 +35,7 @@ var zeros [256 << 10]byte
 // cause, ErrClosed, or, from the moment the connection is lost and for every call, its cause.
 //
 // NBD cannot withdraw a request. When a context ends, the call returns and its reply is passed
-// over; only if the request or its data is on the wire at that moment is the connection lost.
+// over; only if its request is half sent or its data half received is the connection lost.
 type Client struct {
 	conn       net.Conn
 	in         *bufio.Reader // used by the handshake, then by the reader
@@ -290,7 +291,7 @@ func (c *Client) do(ctx context.Context, q *call) ([]Extent, error) {
 	c.mu.Unlock()
 	if filling {
 		// The caller's buffer is being written: it is not its again before that ends.
-		c.fail(fmt.Errorf("a read was given up while its data arrived: %w", context.Cause(ctx)))
+		c.fail(fmt.Errorf("connection lost: a read was given up half received: %w", context.Cause(ctx)))
 		<-q.done
 	}
 	return nil, context.Cause(ctx)
@@ -317,8 +318,10 @@ func (c *Client) send(ctx context.Context, q *call) error {
 	c.pending[r.cookie] = q
 	c.mu.Unlock()
 
+	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
-		c.fail(fmt.Errorf("a request was given up half sent: %w", context.Cause(ctx)))
+		c.conn.SetWriteDeadline(time.Unix(1, 0))
+		close(interrupted)
 	})
 	message := net.Buffers{r.append(make([]byte, 0, requestSize))}
 	if len(q.data) > 0 {
@@ -326,21 +329,25 @@ func (c *Client) send(ctx context.Context, q *call) error {
 	}
 	_, err := message.WriteTo(c.conn)
 	if !stop() {
-		<-q.done // by now the connection is lost, and the caller's data unused
-		return context.Cause(ctx)
+		<-interrupted
+		c.conn.SetWriteDeadline(time.Time{})
 	}
-	if err != nil {
-		c.fail(fmt.Errorf("connection lost: send request: %w", err))
-		<-q.done
-		return q.err
+	if err == nil {
+		return nil
 	}
-	return nil
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = fmt.Errorf("a request was given up half sent: %w", context.Cause(ctx))
+	}
+	err = c.fail(fmt.Errorf("connection lost: send request: %w", err))
+	<-q.done // as every call in flight
+	return err
 }
 
-// fail makes the connection unusable.
-func (c *Client) fail(cause error) {
-	c.lose(cause)
+// fail makes the connection unusable and gives the first cause of that.
+func (c *Client) fail(cause error) error {
+	cause = c.lose(cause)
 	c.conn.Close()
+	return cause
 }
 
 // lose notes why calls fail from now on; the first cause stays, and is returned.

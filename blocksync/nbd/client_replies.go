@@ -18,8 +18,7 @@ func (c *Client) readReplies() {
 	for err == nil {
 		err = c.readReply()
 	}
-	err = c.lose(fmt.Errorf("connection lost: read reply: %w", err))
-	c.conn.Close()
+	err = c.fail(fmt.Errorf("connection lost: read reply: %w", err))
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for cookie, q := range c.pending {
@@ -193,30 +192,30 @@ func (c *Client) fill(q *call, at, n int64, hole bool) error {
 }
 
 func (c *Client) takeStates(q *call, length uint32) error {
-	if length < 12 || length%8 != 4 || length > 4+8*maxExtents {
+	if length < 12 || length%8 != 4 || length > 4+8*maxTheirExtents {
 		return protocolErrorf("block status chunk of %d bytes", length)
 	}
-	b := make([]byte, length)
-	if _, err := io.ReadFull(c.in, b); err != nil {
+	var b [8]byte
+	if _, err := io.ReadFull(c.in, b[:4]); err != nil {
 		return noEOF(err)
 	}
-	d := cursor{b: b}
-	if id := d.u32(); id != c.contextID {
+	if id := binary.BigEndian.Uint32(b[:]); id != c.contextID {
 		return protocolErrorf("block status of context %d", id)
 	}
 	at, end := q.offset, q.offset+q.length
-	extents := make([]Extent, 0, len(d.b)/8)
-	for len(d.b) > 0 {
-		n, state := int64(d.u32()), d.u32()
+	for range length / 8 {
+		if _, err := io.ReadFull(c.in, b[:]); err != nil {
+			return noEOF(err)
+		}
+		n, state := int64(binary.BigEndian.Uint32(b[:])), binary.BigEndian.Uint32(b[4:])
 		if n == 0 || at == end {
 			return protocolErrorf("block status with an extent of %d bytes at %d", n, at)
 		}
 		// The last extent may go on beyond what was asked for.
 		n = min(n, end-at)
-		extents = append(extents, Extent{Offset: at, Length: n, Hole: state&stateHole != 0, Zero: state&stateZero != 0})
+		q.extents = append(q.extents, Extent{Offset: at, Length: n, Hole: state&stateHole != 0, Zero: state&stateZero != 0})
 		at += n
 	}
-	q.extents = extents
 	return nil
 }
 

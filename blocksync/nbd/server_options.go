@@ -40,7 +40,8 @@ func (c *session) negotiate() (chosen bool, err error) {
 			}
 			chosen, err = true, c.sendExport()
 		case optAbort:
-			return false, c.reply(o, repAck, nil)
+			c.reply(o, repAck, nil) // for clients that wait for it; others have gone
+			return false, nil
 		case optGo:
 			chosen, err = c.answerGo(o, data)
 		case optInfo:

@@ -147,7 +147,8 @@ const (
 	maxOptionData    = 64 << 10 // data of one option or of one reply to it
 	maxData          = 32 << 20 // data of one READ or WRITE, the protocol's default
 	maxMinBlock      = 64 << 10 // by the protocol
-	maxExtents       = 64 << 10 // extents of one BLOCK_STATUS reply
+	maxExtents       = 64 << 10 // extents of one BLOCK_STATUS reply of ours
+	maxTheirExtents  = 1 << 20  // and of a server's: nbdkit sends so many, QEMU an eighth
 	optionHeaderSize = 16
 	replyHeaderSize  = 20
 	requestSize      = 28
