@@ -100,11 +100,10 @@ func (f *findings) checkDevices(doc *etree.Document) {
 // checkDisk finds what neither side supports about a disk that is copied.
 func (f *findings) checkDisk(d Disk) {
 	check := "disk " + d.Target
-	switch d.Type {
-	case "file", "block", "volume":
-	default:
+	if !d.local() {
 		f.fatal(check, fmt.Sprintf("it is of type %s; only files, block devices and volumes of storage pools move", d.Type),
 			"copy it to local storage first (virsh blockcopy), or detach it")
+		return
 	}
 	if d.Device == "lun" {
 		f.fatal(check, "a SCSI device of this host is passed through", "attach it with device='disk'")

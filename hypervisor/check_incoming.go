@@ -227,8 +227,8 @@ func (h *Host) checkDisks(ctx context.Context, f *findings, dom *Domain, specs [
 		case made && (d.Path != s.Path || d.Type != s.Type || d.Format != s.Format):
 			f.fatal(check, fmt.Sprintf("the document has %s %s (%s) and the move makes %s %s (%s)", d.Type, d.Path, d.Format, s.Type, s.Path, s.Format), "")
 		case made || !d.Media():
-		case d.Type == "network":
-			f.fatal(check, "it is on a network and not part of the move", "detach it")
+		case d.Path == "":
+			f.fatal(check, "it is of type "+d.Type+" and not part of the move", "detach it")
 		default:
 			if _, err := os.Stat(d.Path); err != nil {
 				f.fatal(check, "it is not copied, and "+err.Error(), "copy it there from the source's host, or detach it")

@@ -66,7 +66,7 @@ func TestCheckIncoming(t *testing.T) {
 		"uuid":      {swap(dom.UUID, dst.virsh(t, "domuuid", "other")), []string{"fatal uuid"}},
 		"emulator":  {swap("/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-system-pdp11"), []string{"fatal emulator"}},
 		"machine":   {swap("pc-i440fx-7.2", "pc-i440fx-99.1"), []string{"fatal machine"}},
-		"virt type": {swap(`type="qemu"`, `type="kvm"`), map[bool][]string{false: {"fatal machine"}}[hasKVM(t, dst)]},
+		"virt type": {swap(`type="qemu"`, `type="xen"`), []string{"fatal machine"}},
 		"cpu":       {func(s *IncomingSpec) { s.CPU = `<cpu><model>Skylake-Server</model></cpu>` }, []string{"fatal cpu"}},
 		"feature": {func(s *IncomingSpec) {
 			s.CPU = strings.Replace(s.CPU, "</cpu>", `<feature policy="require" name="avx512f"/></cpu>`, 1)
@@ -118,8 +118,32 @@ func TestCheckIncoming(t *testing.T) {
 	}
 }
 
-func hasKVM(t *testing.T, s *site) bool {
-	return strings.Contains(s.virsh(t, "capabilities"), "<domain type='kvm'")
+// A volume of a storage pool is known by its path, running or not.
+func TestVolume(t *testing.T) {
+	src := newSite(t, "amsterdam")
+	disks := filepath.Join(src.dir, "disks")
+	src.virsh(t, "pool-create-as", "local", "dir", "--target", disks)
+	src.virsh(t, "vol-create-as", "local", "vol.qcow2", "24M", "--format", "qcow2")
+	xml := filepath.Join(src.dir, "vol.xml")
+	write(t, xml, `<domain type="qemu"><name>vol</name><memory>65536</memory><os><type machine="pc">hvm</type></os><devices>
+		<disk type="volume"><driver type="qcow2"/><source pool="local" volume="vol.qcow2"/><target dev="vda"/></disk></devices></domain>`)
+	src.virsh(t, "define", xml)
+	for _, state := range []State{ShutOff, Running} {
+		if state == Running {
+			src.virsh(t, "start", "vol")
+		}
+		dom, err := src.host.Domain(t.Context(), "vol")
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := dom.Disks[0]
+		if dom.State != state || d.Type != "volume" || d.Path != filepath.Join(disks, "vol.qcow2") || d.VirtualSize != 24<<20 || d.ClusterSize != 64<<10 || d.Allocated == 0 {
+			t.Errorf("%s: %+v", dom.State, d)
+		}
+		if (d.Export != "") != (state == Running) {
+			t.Errorf("%s: exported as %q", dom.State, d.Export)
+		}
+	}
 }
 
 func TestCheckOutgoing(t *testing.T) {
@@ -189,8 +213,12 @@ func TestBlockDevice(t *testing.T) {
 	xml := filepath.Join(dst.dir, "user.xml")
 	write(t, xml, `<domain type="qemu"><name>user</name><memory>65536</memory><os><type>hvm</type></os><devices><disk type="block"><source dev="`+dev+`"/><target dev="vda"/></disk></devices></domain>`)
 	dst.virsh(t, "define", xml)
-	if err := dst.host.CreateDisk(t.Context(), spec); err == nil || !strings.Contains(err.Error(), `"user"`) {
-		t.Errorf("a device that a domain uses: %v", err)
+	alias := filepath.Join(dst.dir, "alias")
+	tool(t, "mknod", alias, "b", "7", strings.TrimPrefix(dev, "/dev/loop"))
+	for _, spec.Path = range []string{dev, alias} {
+		if err := dst.host.CreateDisk(t.Context(), spec); err == nil || !strings.Contains(err.Error(), `"user"`) {
+			t.Errorf("%s, a device that a domain uses: %v", spec.Path, err)
+		}
 	}
 	if err := dst.host.RemoveDisk(t.Context(), dev); err != nil {
 		t.Error(err)

@@ -102,7 +102,7 @@ func (h *Host) checkJobs(ctx context.Context, f *findings, dom *Domain) error {
 			f.fatal("job", "another job of this domain is under way", "wait for it (virsh domjobinfo) or end it (virsh domjobabort)")
 		}
 		for _, disk := range dom.Disks {
-			if disk.Path == "" {
+			if !disk.measured() {
 				continue
 			}
 			found, _, _, _, _, err := l.DomainGetBlockJobInfo(d, disk.Target, 0)

@@ -71,7 +71,7 @@ func TestCheckOutgoingDisk(t *testing.T) {
 		"snapshots":   {func(d *Disk) { d.Snapshots = 2 }, []string{"notice disk vda"}},
 		"chain":       {func(d *Disk) { d.HasBacking = true }, []string{"notice disk vda"}},
 		"ceph":        {func(d *Disk) { d.Type, d.Path = "network", "" }, []string{"fatal disk vda"}},
-		"nvme":        {func(d *Disk) { d.Type = "nvme" }, []string{"fatal disk vda"}},
+		"nvme":        {func(d *Disk) { d.Type, d.Path = "nvme", "" }, []string{"fatal disk vda"}},
 		"lun":         {func(d *Disk) { d.Device = "lun" }, []string{"fatal disk vda"}},
 		"vmdk":        {func(d *Disk) { d.Format = "vmdk" }, []string{"fatal disk vda"}},
 		"shared":      {func(d *Disk) { d.Shareable = true }, []string{"fatal disk vda"}},

@@ -49,6 +49,7 @@ type Disk struct {
 	Format string // "raw", "qcow2", …
 	Path   string // of the file or block device; "" for an empty drive
 
+	// Of a CD-ROM or floppy these are zero.
 	VirtualSize int64 // bytes, as the guest sees it
 	Allocated   int64 // bytes of storage, the whole backing chain together
 	ClusterSize int64 // bytes, 0 for raw
@@ -61,7 +62,13 @@ type Disk struct {
 }
 
 // Media tells whether the drive holds something.
-func (d Disk) Media() bool { return d.Path != "" || d.Type == "network" }
+func (d Disk) Media() bool { return d.Path != "" || !d.local() }
+
+// local tells whether the disk stands on a file or block device of its host.
+func (d Disk) local() bool { return d.Type == "file" || d.Type == "block" || d.Type == "volume" }
+
+// measured tells whether its sizes matter: a removable medium may be anything.
+func (d Disk) measured() bool { return d.Path != "" && d.Device != "cdrom" && d.Device != "floppy" }
 
 // NIC is a network interface of a domain.
 type NIC struct {
@@ -84,7 +91,7 @@ func (h *Host) Domain(ctx context.Context, nameOrUUID string) (*Domain, error) {
 	}
 	for i := range dom.Disks {
 		disk := &dom.Disks[i]
-		if disk.Path == "" {
+		if !disk.measured() {
 			continue
 		}
 		if err := disk.inspect(ctx); err != nil {
@@ -136,10 +143,10 @@ func readRunning(l *libvirt.Libvirt, d libvirt.Domain) (*Domain, error) {
 		if path, ok := volumes[disk.Target]; ok {
 			disk.Path = path
 		}
-		if disk.Path == "" {
+		if !dom.State.Active() || !disk.measured() {
 			continue
 		}
-		// QEMU's own view: an image that is in use may have been resized.
+		// QEMU's own view: what it holds may not be in the image's header yet.
 		_, capacity, _, err := l.DomainGetBlockInfo(d, disk.Target, 0)
 		if err != nil {
 			return nil, fmt.Errorf("size of disk %s: %w", disk.Target, err)

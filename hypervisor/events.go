@@ -48,7 +48,10 @@ var lifecycle = []EventKind{EventDefined, EventUndefined, EventStarted, EventSus
 
 // Watch reports a domain's events to f, one at a time, until stop is called;
 // stop returns after the last call of f. What happened before Watch returned may
-// be missing: read the domain's state afterwards.
+// be missing: read the domain's state afterwards. f must not call stop.
+//
+// libvirt's job-completed event is not among them, because go-libvirt cannot
+// decode it: Perform's return tells the same, and CompletedJobStats the figures.
 func (h *Host) Watch(ctx context.Context, uuid string, f func(Event)) (stop func(), err error) {
 	id, ok := parseUUID(uuid)
 	if !ok {

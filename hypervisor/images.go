@@ -51,6 +51,9 @@ func (d *Disk) readImages(out []byte) error {
 		return fmt.Errorf("read qemu-img's report on %s: it is empty", d.Path)
 	}
 	top := chain[0]
+	if d.VirtualSize == 0 {
+		d.VirtualSize = top.VirtualSize
+	}
 	d.ClusterSize = top.ClusterSize
 	d.HasBacking = top.Backing != ""
 	d.Encrypted = d.Encrypted || top.Encrypted

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"sync"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
@@ -33,11 +32,10 @@ type Outgoing struct {
 	uuid   string
 	flags  libvirt.DomainMigrateFlags
 	params []libvirt.TypedParam
-
-	mu    sync.Mutex
-	phase outPhase
+	phase  outPhase
 }
 
+// outPhase is how far it came.
 type outPhase int
 
 const (
@@ -150,8 +148,6 @@ func (o *Outgoing) Perform(ctx context.Context, destCookie []byte, ramSocket, nb
 			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
 		}
 	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
 	if err != nil {
 		o.phase = outOver
 		return nil, err
@@ -186,8 +182,6 @@ func (o *Outgoing) abort(done <-chan error, giveUp context.CancelCauseFunc) erro
 // runs at the destination now; with it, the guest runs here again. After a
 // Perform that failed there is nothing left to cancel.
 func (o *Outgoing) Confirm(ctx context.Context, cookie []byte, cancelled bool) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
 	if cancelled && o.phase == outOver {
 		return nil
 	}

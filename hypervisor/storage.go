@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"syscall"
 
 	"github.com/digitalocean/go-libvirt"
 	"golang.org/x/sys/unix"
@@ -190,9 +191,10 @@ func (h *Host) userOf(ctx context.Context, path string) (string, error) {
 
 // sameFile compares files by inode, devices by number.
 func sameFile(a, b os.FileInfo) bool {
-	sa, aok := a.Sys().(*unix.Stat_t)
-	sb, bok := b.Sys().(*unix.Stat_t)
-	if aok && bok && sa.Mode&unix.S_IFMT == unix.S_IFBLK && sb.Mode&unix.S_IFMT == unix.S_IFBLK {
+	sa, aok := a.Sys().(*syscall.Stat_t)
+	sb, bok := b.Sys().(*syscall.Stat_t)
+	const kind = os.ModeDevice | os.ModeCharDevice
+	if aok && bok && a.Mode()&kind == os.ModeDevice && b.Mode()&kind == os.ModeDevice {
 		return sa.Rdev == sb.Rdev
 	}
 	return os.SameFile(a, b)
