@@ -22,16 +22,3 @@ func ParseSize(s string) (int64, error) {
 	}
 	return int64(n) << shift, nil
 }
-
-// FormatSize writes n in the largest unit that divides it, as ParseSize reads it.
-func FormatSize(n int64) string {
-	for _, u := range []struct {
-		name  string
-		shift int
-	}{{"TiB", 40}, {"GiB", 30}, {"MiB", 20}, {"KiB", 10}} {
-		if n != 0 && n%(1<<u.shift) == 0 {
-			return strconv.FormatInt(n>>u.shift, 10) + u.name
-		}
-	}
-	return strconv.FormatInt(n, 10)
-}
