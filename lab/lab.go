@@ -175,6 +175,9 @@ func (l *Lab) LinkState(ctx context.Context) (LinkState, error) {
 
 // ChangeLink changes the link while it runs.
 func (l *Lab) ChangeLink(ctx context.Context, change LinkChange) error {
+	if change.Cut != nil && *change.Cut == nil {
+		change.Cut = &[]string{} // as JSON, nil would mean that it stays
+	}
 	if err := l.call(ctx, "PATCH", "/v1/link", change, nil); err != nil {
 		return fmt.Errorf("change link: %w", err)
 	}

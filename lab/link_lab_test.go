@@ -235,7 +235,7 @@ func TestLinkCut(t *testing.T) {
 		{[]string{LocalDC}, 0},
 		{[]string{RemoteDC}, 100},
 		{[]string{LocalDC, RemoteDC}, 0},
-		{[]string{}, 100},
+		{nil, 100},
 	} {
 		change(t, l, LinkChange{Cut: &c.cut})
 		if got := len(p.burst(t, 100)); got != c.arrives {

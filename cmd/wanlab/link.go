@@ -82,12 +82,12 @@ flags it shows the WAN.`,
 			if err != nil {
 				return err
 			}
+			if from != "" && !cut && !restore {
+				return errors.New("--from says whose packets --cut or --restore means: give one of them")
+			}
 			l, err := lab.Open(*dir)
 			if err != nil {
 				return err
-			}
-			if from != "" && !cut && !restore {
-				return errors.New("--from says whose packets --cut or --restore means: give one of them")
 			}
 			if cut || restore {
 				state, err := l.LinkState(cmd.Context())

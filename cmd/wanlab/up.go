@@ -56,6 +56,7 @@ func printSummary(w io.Writer, l *lab.Lab) {
 	fmt.Fprintf(w, "  %-9s  %s %s on the guests' network of %s, ip netns %s\n",
 		lab.Users, users.Addr.Addr(), users.Addr6.Addr(), lab.LocalDC, users.Namespace)
 	fmt.Fprintf(w, `next:
+  wanlab vm web
   wanlab exec %s -- virsh list --all
   wanlab link --loss 1%%
   wanlab status
