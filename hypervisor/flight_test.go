@@ -60,7 +60,13 @@ func newGuest(t *testing.T, s *site, name string, persistent bool) *Domain {
 	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", "-o", "cluster_size=128k", top)
 	tool(t, "qemu-io", "-f", "qcow2", "-c", "write -q -P 9 512k 1M", top)
 	file := filepath.Join(dir, name+".xml")
-	write(t, file, strings.NewReplacer("NAME", name, "DIR", dir).Replace(guestXML))
+	xml := strings.NewReplacer("NAME", name, "DIR", dir).Replace(guestXML)
+	if name == "uefi" {
+		xml = strings.Replace(xml, "</os>", "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader><nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'/></os><features><acpi/></features>", 1)
+		xml = strings.Replace(xml, "pc-i440fx-7.2", "pc-q35-7.2", 1)
+		xml = strings.Replace(xml, "dev='hdc' bus='ide'", "dev='sda' bus='sata'", 1)
+	}
+	write(t, file, xml)
 	if persistent {
 		s.virsh(t, "define", file)
 		s.virsh(t, "start", name)
@@ -97,7 +103,7 @@ func prepare(t *testing.T, src, dst *site, dom *Domain, m manner) *flight {
 	t.Helper()
 	ctx := t.Context()
 	f := &flight{src: src, dst: dst, dom: dom, disks: []string{"vda", "vdb"}, device: m.device}
-	changes := Changes{Disks: map[string]DiskChange{"hdc": {Drop: true}}}
+	changes := Changes{Disks: map[string]DiskChange{"hdc": {Drop: true}, "sda": {Drop: true}}}
 	for _, d := range dom.Disks {
 		if d.Device != "disk" {
 			continue

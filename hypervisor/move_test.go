@@ -5,6 +5,7 @@ package hypervisor
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -21,6 +22,7 @@ func TestMove(t *testing.T) {
 		{"persistent", true, false},
 		{"paused", true, true},
 		{"device", true, false},
+		{"uefi", true, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var device string
@@ -68,6 +70,9 @@ func TestMove(t *testing.T) {
 			there, err := dst.host.Domain(t.Context(), dom.UUID)
 			if err != nil {
 				t.Fatal(err)
+			}
+			if _, err := os.Stat(filepath.Join(dst.dir, "lib/libvirt/qemu/nvram/uefi_VARS.fd")); (err == nil) != (there.NVRAM != "") {
+				t.Errorf("UEFI variables at %q: %v", there.NVRAM, err)
 			}
 			if there.Persistent != test.persistent {
 				t.Errorf("persistent at the destination: %v, want %v", there.Persistent, test.persistent)
@@ -301,8 +306,22 @@ func TestConfirmCancelled(t *testing.T) {
 	src, dst := newSite(t, "amsterdam"), newSite(t, "boston")
 	dom := newGuest(t, src, "guest", true)
 	f := prepare(t, src, dst, dom, manner{persist: true})
+	seen := make(chan Event, 100)
+	stop, err := src.host.Watch(t.Context(), dom.UUID, func(e Event) { seen <- e })
+	if err != nil {
+		t.Fatal(err)
+	}
 	f.perform(t)
 	wantState(t, src, dom.UUID, Paused)
+	stop()
+	close(seen)
+	kinds := map[string]int{}
+	for e := range seen {
+		kinds[strings.TrimSpace(string(e.Kind)+" "+e.Detail)]++
+	}
+	if kinds["iteration"] == 0 || kinds["suspended migrated"] != 1 || len(kinds) != 2 {
+		t.Errorf("events of Perform: %v", kinds)
+	}
 	if err := f.in.Finish(within(t, time.Minute), nil, true); err != nil {
 		t.Fatal(err)
 	}
