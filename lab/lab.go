@@ -140,7 +140,8 @@ func unknownSite(name string, known []string) error {
 
 // Command prepares a command inside a site: in all namespaces of a data
 // centre, in the network namespace of the users. Killing it through ctx kills
-// the command inside too. Its working directory is the caller's.
+// the command inside too. Its working directory is the caller's, and the lab's
+// wanmig is found first in its PATH.
 func (l *Lab) Command(ctx context.Context, site, name string, args ...string) (*exec.Cmd, error) {
 	s, err := l.Site(site)
 	if err != nil {
@@ -161,7 +162,12 @@ func (l *Lab) Command(ctx context.Context, site, name string, args ...string) (*
 	if err := s.alive(); err != nil {
 		return nil, err
 	}
-	return exec.CommandContext(ctx, "nsenter", slices.Concat(enter, []string{name}, args)...), nil
+	cmd := exec.CommandContext(ctx, "nsenter", slices.Concat(enter, []string{name}, args)...)
+	if l.Wanmig != "" {
+		path := filepath.Dir(l.Wanmig) + string(filepath.ListSeparator) + os.Getenv("PATH")
+		cmd.Env = append(os.Environ(), "PATH="+path)
+	}
+	return cmd, nil
 }
 
 // LinkState reads the settings and counters of the link as it runs.

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -135,7 +136,11 @@ func (s *Site) StartLibvirtd(ctx context.Context) error {
 	return s.start(ctx, Libvirtd, func(ctx context.Context) error {
 		// It listens before its drivers have started, or not.
 		uri := "qemu+unix:///system?socket=" + s.LibvirtSocket
-		return exec.CommandContext(ctx, "virsh", "--connect", uri, "list", "--all").Run()
+		out, err := exec.CommandContext(ctx, "virsh", "--connect", uri, "list", "--all").CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("virsh list: %w: %s", err, bytes.TrimSpace(out))
+		}
+		return nil
 	})
 }
 
@@ -165,7 +170,11 @@ func (s *Site) start(ctx context.Context, daemon string, answers func(context.Co
 	if err := call(ctx, s.Control, "POST", "/v1/daemons/"+daemon+"/start", nil, nil); err != nil {
 		return fmt.Errorf("start %s in %s: %w", daemon, s.Name, err)
 	}
-	for answers(ctx) != nil {
+	for {
+		answer := answers(ctx)
+		if answer == nil {
+			return nil
+		}
 		daemons, err := s.Daemons(ctx)
 		if err != nil && ctx.Err() == nil {
 			return err
@@ -174,10 +183,9 @@ func (s *Site) start(ctx context.Context, daemon string, answers func(context.Co
 			return fmt.Errorf("start %s in %s: %s, %s", daemon, s.Name, daemons[daemon].Ended, logEnd(s.log(daemon)))
 		}
 		if err := pause(ctx); err != nil {
-			return fmt.Errorf("start %s in %s: no answer: %w, %s", daemon, s.Name, err, logEnd(s.log(daemon)))
+			return fmt.Errorf("start %s in %s: no answer: %w: %w, %s", daemon, s.Name, err, answer, logEnd(s.log(daemon)))
 		}
 	}
-	return nil
 }
 
 func (s *Site) kill(ctx context.Context, daemon string) error {

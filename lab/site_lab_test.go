@@ -112,7 +112,7 @@ func TestSitesAreApart(t *testing.T) {
 		if got := run(t, l, name, "virsh", "capabilities"); !strings.Contains(got, "<uuid>"+s.hostUUID(l.ID)+"</uuid>") {
 			t.Errorf("capabilities of %s do not have its host UUID:\n%s", name, got)
 		}
-		if got := run(t, l, name, "cat", "/proc/1/comm"); got != "exe" {
+		if got := run(t, l, name, "ps", "--no-headers", "-o", "args", "-p", "1"); !strings.HasPrefix(got, siteInitName) {
 			t.Errorf("process 1 of %s is %s", name, got)
 		}
 		if got := run(t, l, name, "ls", "/sys/class/net"); !slices.Contains(strings.Fields(got), bridgeName) {
@@ -217,6 +217,47 @@ func TestDaemonsAreKilledAndStarted(t *testing.T) {
 	run(t, l, RemoteDC, "virsh", "list")
 	if err := s.StartAgent(t.Context()); err == nil || !strings.Contains(err.Error(), "without agents") {
 		t.Errorf("an agent started in a lab without: %v", err)
+	}
+}
+
+func TestAgentsKnowEachOther(t *testing.T) {
+	wanmig := filepath.Join(t.TempDir(), "wanmig")
+	if out, err := exec.Command("go", "build", "-o", wanmig, "../cmd/wanmig").CombinedOutput(); err != nil {
+		t.Fatalf("build wanmig: %v\n%s", err, out)
+	}
+	dir := filepath.Join(t.TempDir(), "lab")
+	l, err := Up(t.Context(), Options{Dir: dir, Wanmig: wanmig})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := Down(context.Background(), dir); err != nil {
+			t.Error(err)
+		}
+	})
+	ids := map[string]string{}
+	for _, name := range DataCentres {
+		ids[name] = run(t, l, name, "wanmig", "id")
+	}
+	for _, name := range DataCentres {
+		peer := l.Sites[l.Sites[name].peer()]
+		if got := run(t, l, name, "wanmig", "site", "list"); !strings.Contains(got, ids[peer.Name]) || !strings.Contains(got, peer.AgentAddr.String()) {
+			t.Errorf("the agent of %s does not know %s:\n%s", name, peer.Name, got)
+		}
+		run(t, l, name, "wanmig", "site", "check", peer.Name)
+	}
+	s := l.Sites[RemoteDC]
+	if err := s.KillAgent(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if daemons, err := s.Daemons(t.Context()); err != nil || daemons[Agent].Running {
+		t.Errorf("killed agent is %+v, %v", daemons[Agent], err)
+	}
+	if err := s.StartAgent(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := run(t, l, RemoteDC, "wanmig", "id"); got != ids[RemoteDC] {
+		t.Errorf("a new start made the identity %s of %s", got, ids[RemoteDC])
 	}
 }
 

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -36,7 +35,7 @@ func execCommand(dir *string) *cobra.Command {
 				return inside.Err
 			}
 			// Becoming the command leaves terminal, signals and status to it.
-			err = unix.Exec(inside.Path, inside.Args, os.Environ())
+			err = unix.Exec(inside.Path, inside.Args, inside.Environ())
 			return fmt.Errorf("run %s: %w", inside.Path, err)
 		},
 	}
