@@ -40,9 +40,15 @@ and loss joins them. The host's own network is left alone.`,
 	root.PersistentFlags().StringVar(&dir, "dir", cmp.Or(os.Getenv("WANLAB_DIR"), lab.DefaultDir), "directory of the lab, also $WANLAB_DIR")
 	root.AddCommand(
 		upCommand(&dir),
+		vmCommand(&dir),
 		execCommand(&dir),
 		linkCommand(&dir),
 		statusCommand(&dir),
+		reportCommand(&dir),
+		loadCommand(&dir),
+		verifyCommand(&dir),
+		probeCommand(&dir),
+		imageCommand(),
 		downCommand(&dir),
 	)
 	return root
