@@ -209,26 +209,29 @@ func TestChannelClose(t *testing.T) {
 }
 
 func TestCloseAfterCloseSendDelivers(t *testing.T) {
-	from, to := pair(t)
-	a, b := openPair(t, from, to, "control", Control)
-	frame := pattern(1, 300<<10)
-	if err := a.Send(testContext(t), frame); err != nil {
-		t.Fatal(err)
-	}
-	if err := a.CloseSend(); err != nil {
-		t.Fatal(err)
-	}
-	a.Close()
-	if got, err := b.Recv(testContext(t), nil); err != nil || !bytes.Equal(got, frame) {
-		t.Fatalf("received %d bytes, %v", len(got), err)
-	}
-	if _, err := b.Recv(testContext(t), nil); err != io.EOF {
-		t.Errorf("then %v", err)
+	for _, p := range []Priority{Control, Memory} {
+		from, to := pair(t)
+		a, b := openPair(t, from, to, "closing", p)
+		frame := pattern(1, streamWindowStart-10_000) // fits where nobody reads
+		if err := a.Send(testContext(t), frame); err != nil {
+			t.Fatal(err)
+		}
+		if err := a.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+		a.Close()
+		if got, err := b.Recv(testContext(t), nil); err != nil || !bytes.Equal(got, frame) {
+			t.Fatalf("priority %d: received %d bytes, %v", p, len(got), err)
+		}
+		if _, err := b.Recv(testContext(t), nil); err != io.EOF {
+			t.Errorf("priority %d: then %v", p, err)
+		}
 	}
 }
 
 func TestReaderThatStopsHoldsUpTheSender(t *testing.T) {
-	const frameSize, frames = 256 << 10, 256 // 64 MiB, four times the window
+	const frameSize, frames = 256 << 10, 256 // 64 MiB
+	const most = Carriers * (streamWindow + maxChunk)
 	from, to := pair(t)
 	a, b := openPair(t, from, to, "memory", Memory)
 	frame := pattern(1, frameSize)
@@ -270,10 +273,10 @@ func TestReaderThatStopsHoldsUpTheSender(t *testing.T) {
 		t.Fatalf("64 MiB went into a channel that nobody reads: %v", err)
 	case <-time.After(time.Second):
 	}
-	if sent := from.Stats().BytesSent - before; sent > streamWindow*5/4 {
-		t.Errorf("%d bytes were sent to a reader that had stopped, the window is %d", sent, streamWindow)
+	if sent := from.Stats().BytesSent - before; sent > most*5/4 {
+		t.Errorf("%d bytes were sent to a reader that had stopped, its windows are %d", sent, most)
 	}
-	if grown := heapInUse() - heap; grown > 2*streamWindow {
+	if grown := heapInUse() - heap; grown > 2*most {
 		t.Errorf("memory has grown by %d bytes", grown)
 	}
 	exchange(t, from, to) // the control channel passes

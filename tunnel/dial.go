@@ -17,7 +17,8 @@ import (
 
 // Dial opens a session with the agent peer at addr ("host:port"). It tries the
 // addresses of the host in turn, and succeeds with the first where that agent
-// answers. The errors name the agents and the remedy; ErrUntrusted, ErrRefused,
+// answers; the session's other carriers join while it is used already. The
+// errors name the agents and the remedy; ErrUntrusted, ErrRefused,
 // ErrUnreachable, ErrVersion and ErrBusy tell them apart.
 func (e *Endpoint) Dial(ctx context.Context, addr string, peer ID) (*Session, error) {
 	peer, err := ParseID(string(peer))
@@ -130,18 +131,14 @@ func (e *Endpoint) handshake(ctx context.Context, addr netip.AddrPort, peer ID) 
 			}
 		})
 	}
-	tlsConfig := e.tlsConfig(func(id ID) bool { return id == peer })
-	conn, err := e.transport.Dial(ctx, net.UDPAddrFromAddrPort(addr), tlsConfig, quicConfig(1))
+	conn, err := e.dialConn(ctx, addr, peer, protocol)
 	if err != nil {
 		return nil, err
 	}
-	stream, err := conn.AcceptUniStream(ctx)
-	if err == nil {
-		err = interruptible(ctx, stream.SetReadDeadline, func() error { return readGreeting(stream) })
-	}
+	t, err := awaitGreeting(ctx, conn)
 	var s *Session
 	if err == nil {
-		s, err = e.newSession(conn)
+		s, err = e.keep(conn, nil)
 	}
 	if err != nil {
 		conn.CloseWithError(closeReason, "not greeted")
@@ -150,7 +147,27 @@ func (e *Endpoint) handshake(ctx context.Context, addr netip.AddrPort, peer ID) 
 		}
 		return nil, err
 	}
+	s.run(func() { e.joinAll(s, addr, t) })
 	return s, nil
+}
+
+func (e *Endpoint) dialConn(ctx context.Context, addr netip.AddrPort, peer ID, protocol string) (*quic.Conn, error) {
+	tlsConfig := e.tlsConfig(func(id ID) bool { return id == peer }, protocol)
+	return e.transport.Dial(ctx, net.UDPAddrFromAddrPort(addr), tlsConfig, quicConfig())
+}
+
+func awaitGreeting(ctx context.Context, conn *quic.Conn) (t token, err error) {
+	stream, err := conn.AcceptUniStream(ctx)
+	if err != nil {
+		return token{}, err
+	}
+	err = interruptible(ctx, stream.SetReadDeadline, func() error {
+		if t, err = readToken(stream); err != nil {
+			return err
+		}
+		return skipLater(stream)
+	})
+	return t, err
 }
 
 // awaitRefusal returns an error when the network says that addr cannot be

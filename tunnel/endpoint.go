@@ -3,6 +3,7 @@ package tunnel
 import (
 	"context"
 	"crypto/ed25519"
+	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -17,7 +18,8 @@ import (
 )
 
 const (
-	protocol = "wanmig/1" // ALPN
+	protocol     = "wanmig/1"      // ALPN of a session's first connection
+	joinProtocol = "wanmig/1/join" // and of the others
 
 	// maxHandshakes is how many dialers may be in their handshake, or wait for
 	// Accept; above retryFrom of them a dialer first proves its address.
@@ -41,10 +43,13 @@ type Endpoint struct {
 	handshakes atomic.Int64
 	refusals   *rate.Limiter
 	unlogged   atomic.Int64
-	callbacks  sync.WaitGroup // what runs when a connection ends
+	arrivals   chan *quic.Conn // dialled sessions that wait for Accept
+	accepting  sync.WaitGroup  // what fills arrivals
+	running    sync.WaitGroup  // everything else that the endpoint and its sessions run
 
 	mu       sync.Mutex
 	sessions map[*Session]struct{}
+	tokens   map[token]*Session // what may be joined
 	closed   bool
 }
 
@@ -85,7 +90,9 @@ func newEndpoint(socket net.PacketConn, id *Identity, trusted func(ID) bool, log
 		log:      log,
 		socket:   socket,
 		refusals: rate.NewLimiter(rate.Every(refusalInterval), refusalBurst),
+		arrivals: make(chan *quic.Conn, maxHandshakes),
 		sessions: make(map[*Session]struct{}),
+		tokens:   make(map[token]*Session),
 	}
 	e.transport = &quic.Transport{
 		Conn:                socket,
@@ -93,21 +100,22 @@ func newEndpoint(socket net.PacketConn, id *Identity, trusted func(ID) bool, log
 		VerifySourceAddress: func(net.Addr) bool { return e.handshakes.Load() >= retryFrom },
 		ConnContext:         e.admit,
 	}
-	tlsConfig := e.tlsConfig(trusted)
+	tlsConfig := e.tlsConfig(trusted, protocol, joinProtocol)
 	tlsConfig.ClientAuth = tls.RequireAnyClientCert
-	e.listener, err = e.transport.Listen(tlsConfig, quicConfig(-1))
+	e.listener, err = e.transport.Listen(tlsConfig, quicConfig())
 	if err != nil {
 		return nil, err
 	}
+	e.accepting.Go(e.acceptConns)
 	return e, nil
 }
 
 // tlsConfig has both sides verify the key of the peer, and nothing else.
-func (e *Endpoint) tlsConfig(accept func(ID) bool) *tls.Config {
+func (e *Endpoint) tlsConfig(accept func(ID) bool, protocols ...string) *tls.Config {
 	return &tls.Config{
 		Certificates:           []tls.Certificate{e.id.certificate},
 		MinVersion:             tls.VersionTLS13,
-		NextProtos:             []string{protocol},
+		NextProtos:             protocols,
 		SessionTicketsDisabled: true,
 		InsecureSkipVerify:     true, // the key decides, in VerifyConnection
 		VerifyConnection: func(state tls.ConnectionState) error {
@@ -142,9 +150,9 @@ func (e *Endpoint) admit(ctx context.Context, dialer *quic.ClientInfo) (context.
 		e.logRefusal("refused a dialer: too many handshakes", "addr", dialer.RemoteAddr, "limit", maxHandshakes)
 		return nil, ErrBusy
 	}
-	e.callbacks.Add(1)
+	e.running.Add(1)
 	stop := context.AfterFunc(ctx, func() {
-		defer e.callbacks.Done()
+		defer e.running.Done()
 		e.handshakes.Add(-1)
 		e.logHandshake(dialer.RemoteAddr, context.Cause(ctx))
 	})
@@ -153,7 +161,7 @@ func (e *Endpoint) admit(ctx context.Context, dialer *quic.ClientInfo) (context.
 			return false
 		}
 		e.handshakes.Add(-1)
-		e.callbacks.Done()
+		e.running.Done()
 		return true
 	}
 	return context.WithValue(ctx, admissionKey{}, &admission{leave}), nil
@@ -192,23 +200,57 @@ func (e *Endpoint) logRefusal(msg string, args ...any) {
 	e.log.Warn(msg, args...)
 }
 
+// leave gives up a connection's place, and says whether the connection lives.
+func leave(conn *quic.Conn) bool {
+	a, ok := conn.Context().Value(admissionKey{}).(*admission)
+	return ok && a.leave()
+}
+
+// acceptConns sorts the connections of dialers into new sessions and carriers of
+// sessions, until the listener is closed.
+func (e *Endpoint) acceptConns() {
+	for {
+		conn, err := e.listener.Accept(context.Background())
+		if err != nil {
+			close(e.arrivals)
+			return
+		}
+		if conn.ConnectionState().TLS.NegotiatedProtocol == joinProtocol {
+			e.accepting.Go(func() { e.join(conn) })
+			continue
+		}
+		select {
+		case e.arrivals <- conn:
+		default:
+			e.logRefusal("refused a dialer: too many wait", "addr", conn.RemoteAddr(), "limit", maxHandshakes)
+			leave(conn)
+			conn.CloseWithError(closeReason, "too many dialers wait")
+		}
+	}
+}
+
 // Accept returns the next session that a trusted agent has dialled. The dialer's
 // Dial succeeds when Accept has taken it up.
 func (e *Endpoint) Accept(ctx context.Context) (*Session, error) {
 	for {
-		conn, err := e.listener.Accept(ctx)
-		if errors.Is(err, net.ErrClosed) {
+		var conn *quic.Conn
+		var open bool
+		select {
+		case conn, open = <-e.arrivals:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("accept session: %w", context.Cause(ctx))
+		}
+		if !open {
 			return nil, fmt.Errorf("accept session: %w", ErrClosed)
 		}
-		if err != nil {
-			return nil, fmt.Errorf("accept session: %w", err)
-		}
-		if a, ok := conn.Context().Value(admissionKey{}).(*admission); !ok || !a.leave() {
+		if !leave(conn) {
 			continue // it ended while it waited, and was logged then
 		}
-		s, err := e.newSession(conn)
+		var t token
+		rand.Read(t[:]) // never fails
+		s, err := e.keep(conn, &t)
 		if err == nil {
-			err = greet(conn)
+			err = greet(conn, t)
 		}
 		if err != nil {
 			e.log.Debug("session ended before it was accepted", "addr", conn.RemoteAddr(), "cause", err)
@@ -219,37 +261,44 @@ func (e *Endpoint) Accept(ctx context.Context) (*Session, error) {
 	}
 }
 
-func greet(conn *quic.Conn) error {
+func greet(conn *quic.Conn, t token) error {
 	stream, err := conn.OpenUniStream()
 	if err != nil {
 		return fmt.Errorf("greet: %w", err)
 	}
-	if _, err := stream.Write([]byte{greetingVersion}); err != nil {
+	if _, err := stream.Write(t.append(nil)); err != nil {
 		return fmt.Errorf("greet: %w", err)
 	}
 	return stream.Close()
 }
 
-// newSession keeps the session until it ends, so that Close can close it.
-func (e *Endpoint) newSession(conn *quic.Conn) (*Session, error) {
+// keep makes a session of its first connection, and holds it until it ends, so
+// that Close can close it. With a token it can be joined.
+func (e *Endpoint) keep(conn *quic.Conn, t *token) (*Session, error) {
 	peer, ok := peerID(conn.ConnectionState().TLS)
 	if !ok {
 		return nil, &identityError{}
 	}
-	s := &Session{conn: conn, peer: peer}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closed {
 		return nil, ErrClosed
 	}
+	s := newSession(conn, peer, t == nil, &e.running)
 	e.sessions[s] = struct{}{}
-	e.callbacks.Add(1)
-	context.AfterFunc(conn.Context(), func() {
-		defer e.callbacks.Done()
+	if t != nil {
+		e.tokens[*t] = s
+	}
+	s.run(func() {
+		<-s.Done()
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		delete(e.sessions, s)
+		if t != nil {
+			delete(e.tokens, *t)
+		}
 	})
+	s.watch(conn, 1)
 	return s, nil
 }
 
@@ -273,21 +322,16 @@ func (e *Endpoint) Close() error {
 
 	const reason = "the agent is stopping"
 	err := e.listener.Close()
-	for { // dialers that nobody has accepted
-		conn, err := e.listener.Accept(context.Background())
-		if err != nil {
-			break
-		}
-		if a, ok := conn.Context().Value(admissionKey{}).(*admission); ok {
-			a.leave()
-		}
-		conn.CloseWithError(closeReason, reason)
-	}
 	for _, s := range open {
 		s.Close(reason)
 	}
+	for conn := range e.arrivals { // dialers that nobody has accepted
+		leave(conn)
+		conn.CloseWithError(closeReason, reason)
+	}
 	err = errors.Join(err, e.transport.Close(), e.socket.Close())
-	e.callbacks.Wait()
+	e.accepting.Wait()
+	e.running.Wait()
 	if err != nil {
 		return fmt.Errorf("close endpoint: %w", err)
 	}

@@ -29,15 +29,16 @@ var (
 	ErrClosed = errors.New("closed")
 	// ErrClosedByPeer is returned when the peer has closed the session.
 	ErrClosedByPeer = errors.New("closed by peer")
-	// ErrLost is returned when the peer fell silent for IdleTimeout, or no
-	// longer knows the session.
+	// ErrLost is returned when the peer fell silent for IdleTimeout, no longer
+	// knows the session, or when one of its connections failed.
 	ErrLost = errors.New("session lost")
 	// ErrReset is returned when the peer abandoned a channel.
 	ErrReset = errors.New("channel reset by peer")
 	// ErrFrameTooLarge is returned by Send for a frame above MaxFrame, and by
 	// Recv when the peer announces one.
 	ErrFrameTooLarge = errors.New("frame too large")
-	// ErrFormat is returned when the peer breaks the format of a header.
+	// ErrFormat is returned when the peer breaks the format of a header, of a
+	// channel or of a chunk.
 	ErrFormat = errors.New("malformed header")
 )
 
@@ -46,9 +47,11 @@ const (
 	resetClosed      quic.StreamErrorCode = 1
 	resetFormat      quic.StreamErrorCode = 2
 	resetInterrupted quic.StreamErrorCode = 3
+	resetLate        quic.StreamErrorCode = 4
 
 	closeReason quic.ApplicationErrorCode = 0
 	closeFormat quic.ApplicationErrorCode = 1
+	closeLost   quic.ApplicationErrorCode = 2
 )
 
 // QUIC reports TLS alerts as 0x100 + alert (RFC 9001, section 4.8).

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"math"
 	"strings"
 	"testing"
 	"time"
@@ -76,6 +77,7 @@ func TestAcceptCancelledInAHeader(t *testing.T) {
 }
 
 func TestJunkFrames(t *testing.T) {
+	chunk := func(b []byte) []byte { return append(chunkHead{0, uint16(len(b))}.append(nil), b...) }
 	for _, test := range []struct {
 		name string
 		junk []byte
@@ -87,26 +89,53 @@ func TestJunkFrames(t *testing.T) {
 		{"end in a frame", []byte{0, 0, 0, 9, 1, 2}, io.ErrUnexpectedEOF},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			conn, s := junkPeer(t)
-			stream := junkStream(t, conn, channelHeader{"memory", Memory}.append(nil))
-			if _, err := stream.Write(test.junk); err != nil {
-				t.Fatal(err)
-			}
-			stream.Close()
-			c, err := s.Accept(testContext(t))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if _, err := c.Recv(testContext(t), nil); !errors.Is(err, test.want) {
-				t.Errorf("Recv: %v", err)
-			}
-			var reset *quic.StreamError
-			if _, err := stream.Read(make([]byte, 1)); !errors.As(err, &reset) || reset.ErrorCode != resetFormat {
-				t.Errorf("the peer is told %v", err)
-			}
-			if s.Err() != nil {
-				t.Errorf("the session ended: %v", s.Err())
-			}
+			junkOnChannel(t, Control, test.junk, test.want)
+			junkOnChannel(t, Memory, chunk(test.junk), test.want)
+			junkOnChannel(t, Disk, append(chunk(test.junk), chunkHead{uint64(len(test.junk)), 0}.append(nil)...), test.want)
 		})
+	}
+}
+
+func TestJunkChunks(t *testing.T) {
+	head := func(offset uint64, length uint16) []byte { return chunkHead{offset, length}.append(nil) }
+	whole := append(head(0, 5), 0, 0, 0, 1, 'x')
+	for _, test := range []struct {
+		name string
+		junk []byte
+		want error
+	}{
+		{"too long", head(0, maxChunk+1), ErrFormat},
+		{"beyond the last offset", head(math.MaxUint64, 1), ErrFormat},
+		{"end in a head", whole[:9], io.ErrUnexpectedEOF},
+		{"end in a chunk", whole[:12], io.ErrUnexpectedEOF},
+		{"no end", head(0, 0)[:0], io.ErrUnexpectedEOF},
+		{"data after the end", append(head(0, 0), 1), ErrFormat},
+	} {
+		t.Run(test.name, func(t *testing.T) { junkOnChannel(t, Memory, test.junk, test.want) })
+	}
+}
+
+// junkOnChannel expects want of Recv, and that the peer alone is told.
+func junkOnChannel(t *testing.T, p Priority, junk []byte, want error) {
+	t.Helper()
+	conn, s := junkPeer(t)
+	stream := junkStream(t, conn, channelHeader{"bulk", p}.append(nil))
+	if _, err := stream.Write(junk); err != nil {
+		t.Fatal(err)
+	}
+	stream.Close()
+	c, err := s.Accept(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Recv(testContext(t), nil); !errors.Is(err, want) {
+		t.Errorf("Recv: %v", err)
+	}
+	var reset *quic.StreamError
+	if _, err := io.Copy(io.Discard, stream); !errors.As(err, &reset) || reset.ErrorCode != resetFormat {
+		t.Errorf("the peer is told %v", err)
+	}
+	if s.Err() != nil {
+		t.Errorf("the session ended: %v", s.Err())
 	}
 }

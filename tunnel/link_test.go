@@ -155,7 +155,7 @@ func controlPassesBulk(t *testing.T, direct func(opener, acceptor *Channel) (out
 		var took []time.Duration
 		for range 50 {
 			began := time.Now()
-			if err := control.Send(ctx, make([]byte, 20_000)); err != nil {
+			if err := control.Send(ctx, make([]byte, 4_000)); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := controlIn.Recv(ctx, nil); err != nil {
@@ -166,9 +166,10 @@ func controlPassesBulk(t *testing.T, direct func(opener, acceptor *Channel) (out
 		}
 		slices.Sort(took)
 		median, worst := took[len(took)/2], took[len(took)-1]
-		// One way is 50 ms, the link's queue 25 ms, the frame itself 8 ms; a lost
-		// packet costs a round trip more. Sharing with the others would take 160 ms.
-		if median > 100*time.Millisecond || worst > 300*time.Millisecond {
+		// One way is 50 ms, the link's queue 25 ms, the frame itself 2 ms; a frame
+		// whose last packet is lost takes a probe's time more. Sharing with the
+		// others would take 300 ms.
+		if median > 100*time.Millisecond || worst > 600*time.Millisecond {
 			t.Errorf("control frames take %v, at worst %v", median, worst)
 		}
 		t.Logf("control frames: median %v, worst %v", median, worst)
@@ -276,7 +277,7 @@ func TestCutLinkEndsTheSession(t *testing.T) {
 
 func TestHeaderThatNeverComes(t *testing.T) {
 	overWAN(t, slowWAN(), func(t *testing.T, from, to *Session) {
-		stream, err := from.conn.OpenStream()
+		stream, err := from.first.OpenStream()
 		if err != nil {
 			t.Fatal(err)
 		}

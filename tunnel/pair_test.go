@@ -50,6 +50,18 @@ func (b *logBook) await(t *testing.T, words ...string) {
 	t.Fatalf("no log line with %q in:\n%s", words, b)
 }
 
+// awaitCount waits for n times the word.
+func (b *logBook) awaitCount(t testing.TB, word string, n int) {
+	t.Helper()
+	for range 1000 {
+		if strings.Count(b.String(), word) >= n {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("not %d times %q in:\n%s", n, word, b)
+}
+
 func testContext(t testing.TB) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)

@@ -66,7 +66,7 @@ func rawDial(t *testing.T, addr net.Addr, config *tls.Config) (*quic.Conn, error
 		socket.Close()
 	})
 	config.InsecureSkipVerify = true
-	return transport.Dial(testContext(t), addr, config, quicConfig(1))
+	return transport.Dial(testContext(t), addr, config, quicConfig())
 }
 
 func TestListenerRefusesStrangers(t *testing.T) {
@@ -189,9 +189,9 @@ func TestGarbageDatagrams(t *testing.T) {
 
 func TestCrowdOfDialersIsBounded(t *testing.T) {
 	idA, idB := testIdentity(t), testIdentity(t)
-	a, _ := listen(t, "127.0.0.1:0", idA, only())
+	a, dialled := listen(t, "127.0.0.1:0", idA, only())
 	b, book := listen(t, "127.0.0.1:0", idB, only(idA.ID()))
-	for _, test := range []struct {
+	for i, test := range []struct {
 		handshakes int64
 		retry      bool
 		want       error
@@ -208,6 +208,8 @@ func TestCrowdOfDialersIsBounded(t *testing.T) {
 		go b.Accept(testContext(t))
 		if _, err := a.Dial(testContext(t), b.Addr().String(), idB.ID()); !errors.Is(err, test.want) {
 			t.Errorf("beside %d handshakes: %v", test.handshakes, err)
+		} else if err == nil { // the other carriers are dialers too
+			dialled.awaitCount(t, "msg=\"session has", i+1)
 		}
 		b.handshakes.Add(-test.handshakes)
 	}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -27,17 +29,17 @@ const (
 	headerTimeout    = 10 * time.Second
 )
 
-// Flow-control windows. 1 Gbit/s over 100 ms is 12.5 MB in flight; a window is
-// renewed when a quarter of it was read, so 16 MiB carry that. The connection
-// starts at its full window, since a few stopped channels must not take the
-// control channel's share.
+// Flow-control windows of one carrier. 1 Gbit/s over 100 ms is 12.5 MB in
+// flight; a window is renewed when a quarter of it was read, so 2 MiB on each of
+// 8 carriers carry that. The connection starts at its full window, since a few
+// stopped channels must not take the control channel's share.
 const (
-	streamWindowStart = 512 << 10
-	streamWindow      = 16 << 20
-	connectionWindow  = 128 << 20
+	streamWindowStart = 256 << 10
+	streamWindow      = 2 << 20
+	connectionWindow  = 16 << 20
 )
 
-func quicConfig(peerStreams int64) *quic.Config {
+func quicConfig() *quic.Config {
 	return &quic.Config{
 		HandshakeIdleTimeout:           handshakeSilence,
 		MaxIdleTimeout:                 IdleTimeout,
@@ -47,25 +49,64 @@ func quicConfig(peerStreams int64) *quic.Config {
 		InitialConnectionReceiveWindow: connectionWindow,
 		MaxConnectionReceiveWindow:     connectionWindow,
 		MaxIncomingStreams:             MaxChannels,
-		MaxIncomingUniStreams:          peerStreams,
+		MaxIncomingUniStreams:          1,
 		// The least that QUIC allows, so that a path with the smallest MTU of
 		// IPv6 works too; discovery of the path's MTU raises it.
 		InitialPacketSize: 1200,
 	}
 }
 
-// Session is a connection to one agent whose identity was verified. Its methods
-// are safe for concurrent use.
+// Session is a set of connections to one agent whose identity was verified. Its
+// methods are safe for concurrent use.
 type Session struct {
-	conn *quic.Conn
-	peer ID
+	peer    ID
+	first   *quic.Conn
+	running *sync.WaitGroup // the endpoint's, which waits for it
+
+	ctx    context.Context // ends with the session, and has the reason
+	cancel context.CancelCauseFunc
+
+	accepting chan struct{} // holds a token while a channel is accepted
+
+	mu           sync.Mutex
+	ended        bool
+	carriers     []*quic.Conn
+	stripes      map[quic.StreamID]*stripe
+	waiting      map[quic.StreamID][]lane // streams of channels that are not accepted yet
+	nextAccepted quic.StreamID            // of the next channel that the peer opens
+}
+
+func newSession(first *quic.Conn, peer ID, dialled bool, running *sync.WaitGroup) *Session {
+	s := &Session{
+		peer:      peer,
+		first:     first,
+		running:   running,
+		accepting: make(chan struct{}, 1),
+		carriers:  []*quic.Conn{first},
+		stripes:   make(map[quic.StreamID]*stripe),
+		waiting:   make(map[quic.StreamID][]lane),
+	}
+	if dialled {
+		s.nextAccepted = 1 // RFC 9000, section 2.1: the listener's streams are 1, 5, 9
+	}
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	return s
+}
+
+// run runs f, for which the endpoint waits, unless the session has ended.
+func (s *Session) run(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.ended {
+		s.running.Go(f)
+	}
 }
 
 // Peer returns the peer's verified ID.
 func (s *Session) Peer() ID { return s.peer }
 
 // RemoteAddr returns the peer's address.
-func (s *Session) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }
+func (s *Session) RemoteAddr() net.Addr { return s.first.RemoteAddr() }
 
 // Open makes a channel to the peer. The name has 1 to 64 of the characters a-z,
 // 0-9, '.', '_', '-' and '/'. Open waits while MaxChannels are open.
@@ -74,30 +115,71 @@ func (s *Session) Open(ctx context.Context, name string, priority Priority) (*Ch
 	if err := header.check(); err != nil {
 		return nil, fmt.Errorf("open channel: %w", err)
 	}
-	stream, err := s.conn.OpenStreamSync(ctx)
+	stream, err := s.first.OpenStreamSync(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("open channel %s: %w", name, s.explain(err))
 	}
-	c := newChannel(s, stream, header)
+	priority.apply(stream)
 	if _, err := stream.Write(header.append(nil)); err != nil {
 		return nil, fmt.Errorf("open channel %s: %w", name, s.explain(err))
 	}
-	return c, nil
+	if priority == Control {
+		return newChannel(s, newPlain(stream), name), nil
+	}
+	st := newStripe(s, stream.StreamID(), priority, true)
+	for _, carrier := range s.register(st) {
+		if carrier != s.first {
+			s.run(func() { st.extend(carrier) })
+		}
+	}
+	if err := st.attach(s.first, stream); err != nil {
+		return nil, fmt.Errorf("open channel %s: %w", name, err)
+	}
+	return newChannel(s, st, name), nil
+}
+
+// register keeps a striped channel until it is over, and returns the carriers
+// that it can use; those that join later find it.
+func (s *Session) register(st *stripe) []*quic.Conn {
+	s.mu.Lock()
+	s.stripes[st.id] = st
+	carriers := slices.Clone(s.carriers)
+	s.mu.Unlock()
+	s.run(func() {
+		st.await()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.stripes, st.id)
+	})
+	return carriers
 }
 
 // Accept returns the next channel that the peer has opened. A peer that sends
 // no proper header loses the session.
 func (s *Session) Accept(ctx context.Context) (*Channel, error) {
+	select {
+	case s.accepting <- struct{}{}:
+		defer func() { <-s.accepting }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("accept channel: %w", context.Cause(ctx))
+	}
 	for {
-		stream, err := s.conn.AcceptStream(ctx)
+		stream, err := s.first.AcceptStream(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("accept channel: %w", s.explain(err))
 		}
-		header, err := s.readHeader(ctx, stream)
+		var header channelHeader
+		err = s.readHeader(ctx, stream, func() error {
+			var err error
+			header, err = readChannelHeader(stream)
+			return err
+		})
+		if err == nil {
+			return s.newAccepted(stream, header)
+		}
+		s.passOver(stream.StreamID())
 		var abandoned *quic.StreamError
 		switch {
-		case err == nil:
-			return newChannel(s, stream, header), nil
 		case errors.As(err, &abandoned): // the peer opened and closed it at once
 			stream.CancelWrite(resetClosed)
 			continue
@@ -106,26 +188,59 @@ func (s *Session) Accept(ctx context.Context) (*Channel, error) {
 			stream.CancelWrite(resetClosed)
 			return nil, fmt.Errorf("accept channel: %w", context.Cause(ctx))
 		case errors.Is(err, ErrFormat), errors.Is(err, io.ErrUnexpectedEOF):
-			s.conn.CloseWithError(closeFormat, printable("channel header: "+err.Error()))
+			s.breach(fmt.Errorf("channel header: %w", err))
 			return nil, fmt.Errorf("accept channel from %s at %s: %w", s.peer, s.RemoteAddr(), err)
 		}
 		return nil, fmt.Errorf("accept channel: %w", s.explain(err))
 	}
 }
 
-func (s *Session) readHeader(ctx context.Context, stream *quic.Stream) (channelHeader, error) {
+// newAccepted makes a channel of a stream that the peer has opened.
+func (s *Session) newAccepted(stream *quic.Stream, header channelHeader) (*Channel, error) {
+	header.priority.apply(stream)
+	if header.priority == Control {
+		s.passOver(stream.StreamID())
+		return newChannel(s, newPlain(stream), header.name), nil
+	}
+	st := newStripe(s, stream.StreamID(), header.priority, false)
+	s.register(st)
+	early := append([]lane{{s.first, stream}}, s.accepted(st.id)...)
+	for _, l := range early {
+		if err := st.attach(l.carrier, l.stream); err != nil {
+			s.breach(err)
+			return nil, fmt.Errorf("accept channel %s from %s at %s: %w", header.name, s.peer, s.RemoteAddr(), err)
+		}
+	}
+	return newChannel(s, st, header.name), nil
+}
+
+// accepted notes that the peer's channel id is no longer awaited, and returns
+// the streams on other carriers that came before.
+func (s *Session) accepted(id quic.StreamID) []lane {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	early := s.waiting[id]
+	delete(s.waiting, id)
+	s.nextAccepted = id + 4
+	return early
+}
+
+// passOver is for a channel that has no streams on other carriers.
+func (s *Session) passOver(id quic.StreamID) {
+	for _, l := range s.accepted(id) {
+		refuseLane(l)
+	}
+}
+
+// readHeader runs read, which reads a stream's header, and limits its time.
+func (s *Session) readHeader(ctx context.Context, stream *quic.Stream, read func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, headerTimeout)
 	defer cancel()
-	var header channelHeader
-	err := interruptible(ctx, stream.SetReadDeadline, func() error {
-		var err error
-		header, err = readChannelHeader(stream)
-		return err
-	})
+	err := interruptible(ctx, stream.SetReadDeadline, read)
 	if interrupted(err) {
 		err = fmt.Errorf("%w: incomplete after %v", ErrFormat, headerTimeout)
 	}
-	return header, err
+	return err
 }
 
 // Stats counts what a session has carried. Bytes include QUIC's own and sent-again
@@ -140,42 +255,69 @@ type Stats struct {
 
 // Stats returns the session's counters.
 func (s *Session) Stats() Stats {
-	st := s.conn.ConnectionStats()
-	return Stats{
-		BytesSent:     st.BytesSent,
-		BytesReceived: st.BytesReceived,
-		PacketsLost:   st.PacketsLost,
-		RTT:           st.SmoothedRTT,
-		MinRTT:        st.MinRTT,
+	s.mu.Lock()
+	carriers := slices.Clone(s.carriers)
+	s.mu.Unlock()
+	var sum Stats
+	for _, conn := range carriers {
+		st := conn.ConnectionStats()
+		sum.BytesSent += st.BytesSent
+		sum.BytesReceived += st.BytesReceived
+		sum.PacketsLost += st.PacketsLost
+		if conn == s.first {
+			sum.RTT, sum.MinRTT = st.SmoothedRTT, st.MinRTT
+		}
 	}
+	return sum
 }
 
 // Close ends the session and all its channels, and tells the peer the reason, of
 // which it gets at most 256 bytes. Frames that the peer has not received yet are
 // lost: a protocol that needs to know ends with an acknowledgement.
 func (s *Session) Close(reason string) {
-	s.conn.CloseWithError(closeReason, printable(reason))
+	reason = printable(reason)
+	s.end(fmt.Errorf("%w here: %s", ErrClosed, reason), closeReason, reason)
+}
+
+// breach ends the session because the peer broke the format.
+func (s *Session) breach(err error) {
+	reason := printable(err.Error())
+	s.end(fmt.Errorf("%w here: %s", ErrClosed, reason), closeFormat, reason)
+}
+
+// end closes every connection of the session, the first time that it is called.
+func (s *Session) end(cause error, code quic.ApplicationErrorCode, reason string) {
+	s.mu.Lock()
+	if s.ended {
+		s.mu.Unlock()
+		return
+	}
+	s.ended = true
+	s.cancel(cause)
+	s.mu.Unlock()
+	for _, conn := range s.carriers { // none is added any more
+		conn.CloseWithError(code, reason)
+	}
 }
 
 // Done is closed when the session has ended.
-func (s *Session) Done() <-chan struct{} { return s.conn.Context().Done() }
+func (s *Session) Done() <-chan struct{} { return s.ctx.Done() }
 
 // Err returns nil while the session lives, and then why it ended: ErrClosed,
 // ErrClosedByPeer or ErrLost, with the details.
-func (s *Session) Err() error {
-	ctx := s.conn.Context()
-	if ctx.Err() == nil {
-		return nil
-	}
-	return s.explain(context.Cause(ctx))
-}
+func (s *Session) Err() error { return context.Cause(s.ctx) }
 
 // explain turns what a connection returns into this package's errors.
 func (s *Session) explain(err error) error {
+	if cause := s.Err(); cause != nil {
+		return cause
+	}
 	var closed *quic.ApplicationError
 	var idle *quic.IdleTimeoutError
 	var restarted *quic.StatelessResetError
 	switch {
+	case errors.As(err, &closed) && closed.Remote && closed.ErrorCode == closeLost:
+		return fmt.Errorf("%w: the agent at %s reports: %s", ErrLost, s.RemoteAddr(), printable(closed.ErrorMessage))
 	case errors.As(err, &closed) && closed.Remote:
 		return fmt.Errorf("%w: %s", ErrClosedByPeer, printable(closed.ErrorMessage))
 	case errors.As(err, &closed):

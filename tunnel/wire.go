@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"slices"
+
+	"github.com/quic-go/quic-go"
 )
 
 // MaxFrame is the largest frame in bytes.
@@ -18,6 +20,7 @@ const (
 	maxName         = 64
 	frameHead       = 4
 	frameGrowth     = 64 << 10
+	maxStreamID     = 1<<62 - 1 // RFC 9000, section 2.1
 )
 
 // channelHeader is what the opener of a channel says first.
@@ -48,18 +51,27 @@ func (h channelHeader) append(b []byte) []byte {
 	return append(b, h.name...)
 }
 
-// readChannelHeader reads a header and not a byte more.
-func readChannelHeader(r io.Reader) (channelHeader, error) {
+// readHeader reads the version and the rest of a header.
+func readHeader(r io.Reader) (rest []byte, err error) {
 	var fixed [2]byte
 	if _, err := io.ReadFull(r, fixed[:]); err != nil {
-		return channelHeader{}, cutShort(err)
+		return nil, cutShort(err)
 	}
 	if fixed[0] < headerVersion {
-		return channelHeader{}, fmt.Errorf("%w: channel header of version %d", ErrFormat, fixed[0])
+		return nil, fmt.Errorf("%w: header of version %d", ErrFormat, fixed[0])
 	}
-	rest := make([]byte, fixed[1])
+	rest = make([]byte, fixed[1])
 	if _, err := io.ReadFull(r, rest); err != nil {
-		return channelHeader{}, cutShort(err)
+		return nil, cutShort(err)
+	}
+	return rest, nil
+}
+
+// readChannelHeader reads a header and not a byte more.
+func readChannelHeader(r io.Reader) (channelHeader, error) {
+	rest, err := readHeader(r)
+	if err != nil {
+		return channelHeader{}, err
 	}
 	if len(rest) < 2 || len(rest) < 2+int(rest[1]) {
 		return channelHeader{}, fmt.Errorf("%w: channel header of %d bytes is too short for its name", ErrFormat, len(rest))
@@ -68,16 +80,63 @@ func readChannelHeader(r io.Reader) (channelHeader, error) {
 	return h, h.check()
 }
 
-// readGreeting reads the listener's greeting, up to the end of its stream.
-func readGreeting(r io.Reader) error {
-	b, err := io.ReadAll(io.LimitReader(r, maxGreeting+1))
+// token names a session to the connections that join it.
+type token [16]byte
+
+// append writes a token as the greeting and the request to join have it.
+func (t token) append(b []byte) []byte {
+	return append(append(b, greetingVersion), t[:]...)
+}
+
+// readToken reads a greeting or a request to join up to its token.
+func readToken(r io.Reader) (token, error) {
+	var b [1 + len(token{})]byte
+	if n, err := io.ReadFull(r, b[:]); errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return token{}, fmt.Errorf("%w: greeting of %d bytes", ErrFormat, n)
+	} else if err != nil {
+		return token{}, err
+	}
+	if b[0] < greetingVersion {
+		return token{}, fmt.Errorf("%w: greeting of version %d", ErrFormat, b[0])
+	}
+	return token(b[1:]), nil
+}
+
+// skipLater reads what later versions have put behind the token, up to the end
+// of the stream.
+func skipLater(r io.Reader) error {
+	n, err := io.Copy(io.Discard, io.LimitReader(r, maxGreeting))
+	if err == nil && n == maxGreeting {
+		err = fmt.Errorf("%w: greeting above %d bytes", ErrFormat, maxGreeting)
+	}
+	return err
+}
+
+// laneHeader is what the first bytes of a channel's stream on a joined carrier
+// say: the ID of the channel's stream on the first one.
+type laneHeader struct {
+	channel quic.StreamID
+}
+
+func (h laneHeader) append(b []byte) []byte {
+	b = append(b, headerVersion, 8)
+	return binary.BigEndian.AppendUint64(b, uint64(h.channel))
+}
+
+// readLaneHeader reads a header and not a byte more.
+func readLaneHeader(r io.Reader) (laneHeader, error) {
+	rest, err := readHeader(r)
 	if err != nil {
-		return err
+		return laneHeader{}, err
 	}
-	if len(b) < 1 || len(b) > maxGreeting || b[0] < greetingVersion {
-		return fmt.Errorf("%w: greeting of %d bytes", ErrFormat, len(b))
+	if len(rest) < 8 {
+		return laneHeader{}, fmt.Errorf("%w: stream header of %d bytes is too short", ErrFormat, len(rest))
 	}
-	return nil
+	id := binary.BigEndian.Uint64(rest)
+	if id > maxStreamID {
+		return laneHeader{}, fmt.Errorf("%w: stream ID %d", ErrFormat, id)
+	}
+	return laneHeader{channel: quic.StreamID(id)}, nil
 }
 
 // readFrame appends the next frame to buf and says how many bytes it took from

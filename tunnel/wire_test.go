@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"math"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -72,15 +73,86 @@ func TestChannelHeaderJunk(t *testing.T) {
 	}
 }
 
-func TestGreeting(t *testing.T) {
-	for _, good := range [][]byte{{1}, {2, 9, 9}, append([]byte{1}, make([]byte, maxGreeting-1)...)} {
-		if err := readGreeting(bytes.NewReader(good)); err != nil {
-			t.Errorf("greeting of %d bytes: %v", len(good), err)
+func TestTokenRoundTrip(t *testing.T) {
+	want := token{1, 2, 3, 15: 16}
+	for _, later := range []int{0, 1, maxGreeting - 1} {
+		r := bytes.NewReader(append(want.append(nil), make([]byte, later)...))
+		got, err := readToken(r)
+		if err != nil || got != want {
+			t.Errorf("%x is read as %x, %v", want, got, err)
+		}
+		if err := skipLater(r); err != nil || r.Len() != 0 {
+			t.Errorf("%d later bytes: %v, %d are left", later, err, r.Len())
 		}
 	}
-	for _, bad := range [][]byte{{}, {0}, append([]byte{1}, make([]byte, maxGreeting)...)} {
-		if err := readGreeting(bytes.NewReader(bad)); !errors.Is(err, ErrFormat) {
-			t.Errorf("greeting of %d bytes: %v", len(bad), err)
+	if err := skipLater(bytes.NewReader(make([]byte, maxGreeting))); !errors.Is(err, ErrFormat) {
+		t.Errorf("too many later bytes: %v", err)
+	}
+}
+
+func TestTokenEveryPrefixFails(t *testing.T) {
+	b := token{1}.append(nil)
+	for n := range b {
+		if got, err := readToken(bytes.NewReader(b[:n])); !errors.Is(err, ErrFormat) {
+			t.Errorf("%d of %d bytes give %x, %v", n, len(b), got, err)
+		}
+	}
+	b[0] = 0
+	if got, err := readToken(bytes.NewReader(b)); !errors.Is(err, ErrFormat) {
+		t.Errorf("version 0 gives %x, %v", got, err)
+	}
+}
+
+func TestLaneHeader(t *testing.T) {
+	for _, want := range []laneHeader{{0}, {5}, {maxStreamID}} {
+		b := want.append(nil)
+		for n := range b {
+			if h, err := readLaneHeader(bytes.NewReader(b[:n])); !errors.Is(err, io.ErrUnexpectedEOF) {
+				t.Errorf("%d of %d bytes give %v, %v", n, len(b), h, err)
+			}
+		}
+		r := bytes.NewReader(append(b, "chunk"...))
+		if got, err := readLaneHeader(r); err != nil || got != want || r.Len() != len("chunk") {
+			t.Errorf("%v is read as %v, %v, %d bytes left", want, got, err, r.Len())
+		}
+		b[0], b[1] = 9, b[1]+2
+		if got, err := readLaneHeader(bytes.NewReader(append(b, 1, 2))); err != nil || got != want {
+			t.Errorf("a later header is read as %v, %v", got, err)
+		}
+	}
+	for name, b := range junkLaneHeaders {
+		if h, err := readLaneHeader(bytes.NewReader(b)); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: read as %v, %v", name, h, err)
+		}
+	}
+}
+
+var junkLaneHeaders = map[string][]byte{
+	"version 0":         {0, 8, 0, 0, 0, 0, 0, 0, 0, 0},
+	"short":             {1, 7, 0, 0, 0, 0, 0, 0, 0},
+	"above QUIC's most": {1, 8, 0x40, 0, 0, 0, 0, 0, 0, 0},
+}
+
+func TestChunkHead(t *testing.T) {
+	for _, want := range []chunkHead{{0, 0}, {1 << 40, maxChunk}, {math.MaxUint64 - 9, 9}, {math.MaxUint64, 0}} {
+		b := want.append(nil)
+		for n := range b {
+			short := io.ErrUnexpectedEOF
+			if n == 0 {
+				short = io.EOF
+			}
+			if h, err := readChunkHead(bytes.NewReader(b[:n])); err != short {
+				t.Errorf("%d of %d bytes give %v, %v", n, len(b), h, err)
+			}
+		}
+		r := bytes.NewReader(append(b, "data"...))
+		if got, err := readChunkHead(r); err != nil || got != want || r.Len() != len("data") {
+			t.Errorf("%v is read as %v, %v, %d bytes left", want, got, err, r.Len())
+		}
+	}
+	for _, bad := range []chunkHead{{0, maxChunk + 1}, {0, math.MaxUint16}, {math.MaxUint64, 1}, {math.MaxUint64 - 8, 9}} {
+		if got, err := readChunkHead(bytes.NewReader(bad.append(nil))); !errors.Is(err, ErrFormat) {
+			t.Errorf("%v is read as %v, %v", bad, got, err)
 		}
 	}
 }
@@ -193,6 +265,35 @@ func FuzzReadChannelHeader(f *testing.F) {
 			return
 		}
 		again, err := readChannelHeader(bytes.NewReader(h.append(nil)))
+		if err != nil || again != h {
+			t.Fatalf("%x is read as %v, and that as %v, %v", b, h, again, err)
+		}
+	})
+}
+
+func FuzzReadChunkHead(f *testing.F) {
+	f.Add(chunkHead{0, 0}.append(nil))
+	f.Add(append(chunkHead{1 << 33, 4}.append(nil), "data"...))
+	f.Add(chunkHead{math.MaxUint64, maxChunk}.append(nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		h, err := readChunkHead(bytes.NewReader(b))
+		if err == nil && (!bytes.HasPrefix(b, h.append(nil)) || h.length > maxChunk || h.end() < h.offset) {
+			t.Fatalf("%x is read as %v", b, h)
+		}
+	})
+}
+
+func FuzzReadLaneHeader(f *testing.F) {
+	f.Add(laneHeader{8}.append(nil))
+	for _, b := range junkLaneHeaders {
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		h, err := readLaneHeader(bytes.NewReader(b))
+		if err != nil {
+			return
+		}
+		again, err := readLaneHeader(bytes.NewReader(h.append(nil)))
 		if err != nil || again != h {
 			t.Fatalf("%x is read as %v, and that as %v, %v", b, h, again, err)
 		}
