@@ -21,6 +21,9 @@ const page = 4 << 10
 // progressInterval is how often the source learns what was applied.
 const progressInterval = 200 * time.Millisecond
 
+// flushInterval is how often the disk is flushed before its barriers.
+const flushInterval = 500 * time.Millisecond
+
 // Target writes a disk at the destination.
 type Target struct {
 	dev     nbd.Device
@@ -99,10 +102,15 @@ func (t *Target) run(ctx context.Context, frames frameReader, acks frameWriter) 
 	}
 
 	ctx, cancel := context.WithCancelCause(ctx)
-	var reporter sync.WaitGroup
-	reporter.Go(func() {
+	var beside sync.WaitGroup
+	beside.Go(func() {
 		if err := t.report(ctx, acks); err != nil {
 			cancel(fmt.Errorf("report progress: %w", err))
+		}
+	})
+	beside.Go(func() {
+		if err := t.flushOften(ctx); err != nil {
+			cancel(fmt.Errorf("flush: %w", err))
 		}
 	})
 	w := newWriters(ctx, cancel)
@@ -113,7 +121,7 @@ func (t *Target) run(ctx context.Context, frames frameReader, acks frameWriter) 
 		err = context.Cause(ctx)
 	}
 	cancel(nil)
-	reporter.Wait()
+	beside.Wait()
 	return err
 }
 
@@ -180,6 +188,29 @@ func (t *Target) report(ctx context.Context, acks frameWriter) error {
 		}
 		last = applied
 		if err := acks.Send(ctx, appendProgress(nil, uint64(applied))); err != nil {
+			return err
+		}
+	}
+}
+
+// flushOften keeps little unwritten in the destination's page cache: the final
+// barrier, for which the guest waits, then has little to do.
+func (t *Target) flushOften(ctx context.Context) error {
+	tick := time.NewTicker(flushInterval)
+	defer tick.Stop()
+	var last int64
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		written := t.written.Load() + t.zeroed.Load()
+		if written == last {
+			continue
+		}
+		last = written
+		if err := t.dev.Flush(ctx); err != nil && ctx.Err() == nil {
 			return err
 		}
 	}

@@ -91,6 +91,9 @@ func (sy *syncer) showJob() {
 	if err != nil || !job.Active {
 		return
 	}
+	if job.Iteration > 1 {
+		sy.roundLeft.Store(int64(job.MemoryRemaining))
+	}
 	sy.s.move.update(func(st *Status) {
 		st.Memory.Round = max(st.Memory.Round, int(job.Iteration))
 		st.Memory.DirtyRate = int64(job.DirtyPages * max(job.PageSize, 4096))

@@ -8,6 +8,7 @@ type load struct {
 	DiskPeak      int64   // the most that was in them since memory began
 	DiskRate      float64 // bytes per second leaving them
 	FirstPassLeft int64   // bytes of RAM not yet seen in the first pass
+	RoundLeft     int64   // bytes of RAM that QEMU has still to send in this pass, by its own account
 	RAM           int64   // bytes of RAM
 }
 
@@ -23,6 +24,9 @@ const (
 	// QEMU may have written that much more than we have read: a socket buffer
 	// of 208 KiB holds 23,000 zero pages of 9 bytes.
 	tailBytes = 128 << 20
+	// roundTail is the same for a later round, whose pages have content. QEMU's
+	// account is up to a second old: this much may have been sent since.
+	roundTail = 32 << 20
 )
 
 // memoryMayRead decides whether QEMU's RAM stream is read now. Not reading is
@@ -32,7 +36,7 @@ const (
 // The order in which a link carries disks and memory does not change when it
 // has carried both, but it changes what is sent twice: memory that goes early
 // is dirtied again. So the first pass keeps step with the disks, and ends
-// after them; later rounds run only while the backlog fits the downtime.
+// after them; a later round ends only while the backlog fits the downtime.
 func memoryMayRead(l load) bool {
 	if l.RAM == 0 {
 		return true // the stream's header: what memory there is comes with it
@@ -41,6 +45,9 @@ func memoryMayRead(l load) bool {
 		float64(l.DiskPending) <= l.DiskRate*backlogGoal.Seconds()
 	if drained {
 		return true
+	}
+	if l.FirstPassLeft == 0 {
+		return l.RoundLeft > roundTail
 	}
 	tail := min(int64(tailBytes), l.RAM)
 	if l.FirstPassLeft <= tail || l.DiskPeak == 0 {

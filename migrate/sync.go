@@ -35,9 +35,10 @@ type syncer struct {
 	memoryDone chan error     // the memory stream's end
 	performed  chan performed // libvirt's Perform's end
 
-	stopAt   atomic.Int64 // Unix nanoseconds of the guest's stop, 0 while it runs
-	diskRate atomic.Int64 // bytes per second leaving the outboxes
-	peak     atomic.Int64 // the most that was in the outboxes since memory began
+	stopAt    atomic.Int64 // Unix nanoseconds of the guest's stop, 0 while it runs
+	diskRate  atomic.Int64 // bytes per second leaving the outboxes
+	roundLeft atomic.Int64 // of this pass, as QEMU last told
+	peak      atomic.Int64 // the most that was in the outboxes since memory began
 }
 
 type outgoingDisk struct {
@@ -192,7 +193,7 @@ func (sy *syncer) memoryStats() memsync.Stats {
 func (sy *syncer) load() load {
 	m := sy.memoryStats()
 	return load{DiskPending: sy.pending(), DiskPeak: sy.peak.Load(), DiskRate: float64(sy.diskRate.Load()),
-		FirstPassLeft: int64(m.UnseenPages * m.PageSize), RAM: int64(m.RAMBytes)}
+		FirstPassLeft: int64(m.UnseenPages * m.PageSize), RoundLeft: sy.roundLeft.Load(), RAM: int64(m.RAMBytes)}
 }
 
 // pending is what the outboxes hold.
