@@ -48,6 +48,7 @@ type qemu struct {
 	in  *bufio.Reader
 	out net.Conn
 	log bytes.Buffer
+	id  int // of the last command
 }
 
 func startQEMU(t testing.TB, machine string, args ...string) *qemu {
@@ -92,7 +93,6 @@ func startQEMU(t testing.TB, machine string, args ...string) *qemu {
 	t.Cleanup(func() { q.out.Close() })
 	q.out.SetDeadline(time.Now().Add(3 * time.Minute))
 	q.in = bufio.NewReader(q.out)
-	q.in.ReadBytes('\n') // greeting
 	q.do("qmp_capabilities", nil, nil)
 	return q
 }
@@ -100,7 +100,8 @@ func startQEMU(t testing.TB, machine string, args ...string) *qemu {
 // do executes a command of the monitor.
 func (q *qemu) do(command string, args, result any) {
 	q.t.Helper()
-	request := map[string]any{"execute": command}
+	q.id++
+	request := map[string]any{"execute": command, "id": q.id}
 	if args != nil {
 		request["arguments"] = args
 	}
@@ -117,7 +118,7 @@ func (q *qemu) do(command string, args, result any) {
 			q.t.Fatalf("%s: %v", command, err)
 		}
 		var reply struct {
-			Event  string
+			ID     int
 			Error  json.RawMessage
 			Return json.RawMessage
 		}
@@ -125,7 +126,7 @@ func (q *qemu) do(command string, args, result any) {
 			q.t.Fatal(err)
 		}
 		switch {
-		case reply.Event != "":
+		case reply.ID != q.id: // a greeting or an event
 		case reply.Error != nil:
 			q.t.Fatalf("%s: %s", command, reply.Error)
 		default:
