@@ -60,10 +60,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) error {
 		return err
 	}
 	defer endpoint.Close()
-	host, err := hypervisor.Open(ctx, c.Libvirt, log)
-	if err != nil {
-		return err
-	}
+	host := hypervisor.New(c.Libvirt, log)
 	defer host.Close()
 	a := &agent{config: c, identity: identity, sites: known, endpoint: endpoint, host: host, log: log, ctx: ctx}
 	a.engine, err = migrate.New(migrate.Config{Host: host, Journal: journal, Site: c.Site, Version: Version,

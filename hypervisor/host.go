@@ -32,17 +32,9 @@ type Host struct {
 // maxIdle connections are kept for the next calls.
 const maxIdle = 3
 
-// Open connects to the libvirtd behind a unix socket. A connection that breaks
-// later, because libvirtd was restarted, is replaced by the next call.
-func Open(ctx context.Context, socket string, log *slog.Logger) (*Host, error) {
-	h := &Host{socket: socket, log: log}
-	c, err := dial(ctx, socket)
-	if err != nil {
-		return nil, err
-	}
-	h.put(c)
-	return h, nil
-}
+// New is the libvirtd behind a unix socket. It connects at the first call, and
+// again after libvirtd was restarted: nothing is lost while it does not run.
+func New(socket string, log *slog.Logger) *Host { return &Host{socket: socket, log: log} }
 
 // Close closes the idle connections. Migrations under way keep their own.
 func (h *Host) Close() error {

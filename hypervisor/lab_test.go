@@ -111,7 +111,8 @@ func (s *site) open(t *testing.T) *Host {
 	t.Helper()
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	for until := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		h, err := Open(t.Context(), s.socket(), log)
+		h := New(s.socket(), log)
+		_, err := h.Info(t.Context())
 		if err == nil {
 			return h
 		}

@@ -295,7 +295,7 @@ func TestNoAnswer(t *testing.T) {
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("State: %v", err)
 	}
-	if _, err := Open(within(t, 300*time.Millisecond), src.socket(), src.host.log); !errors.Is(err, ErrNoAnswer) {
+	if _, err := New(src.socket(), src.host.log).Info(within(t, 300*time.Millisecond)); !errors.Is(err, ErrNoAnswer) {
 		t.Errorf("Open: %v", err)
 	}
 	resume()

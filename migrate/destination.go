@@ -169,7 +169,7 @@ func awaitEnd(session *tunnel.Session) {
 func (e *Engine) checkIncoming(ctx context.Context, ask check) []Finding {
 	ctx, cancel := context.WithTimeout(ctx, 45*time.Second)
 	defer cancel()
-	spec := hypervisor.IncomingSpec{SourceHost: ask.Host, XML: ask.XML}
+	spec := hypervisor.IncomingSpec{SourceHost: ask.Host, CPU: ask.CPU, XML: ask.XML}
 	for _, d := range ask.Disks {
 		spec.Disks = append(spec.Disks, hypervisor.IncomingDisk{Target: d.Target, Allocated: d.Allocated, DiskSpec: d.spec()})
 	}

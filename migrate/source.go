@@ -131,7 +131,7 @@ func (s *source) checkThere(ctx context.Context) ([]Finding, error) {
 	if err != nil {
 		return nil, err
 	}
-	ask := check{Host: info.UUID, Name: s.dom.Name, UUID: s.dom.UUID, XML: xml, Disks: s.plan.disks}
+	ask := check{Host: info.UUID, Name: s.dom.Name, UUID: s.dom.UUID, CPU: s.dom.CPU, XML: xml, Disks: s.plan.disks}
 	if err := s.ctl.send(ctx, kindCheck, ask); err != nil {
 		return nil, err
 	}

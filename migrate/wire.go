@@ -74,6 +74,7 @@ type check struct {
 	Host  string     `json:"host"` // libvirt's UUID of the source host
 	Name  string     `json:"name"`
 	UUID  string     `json:"uuid"`
+	CPU   string     `json:"cpu"` // libvirt's <cpu> with every feature that the guest sees
 	XML   string     `json:"xml"` // as it would run at the destination
 	Disks []wireDisk `json:"disks"`
 }
@@ -125,7 +126,7 @@ var diskTarget = regexp.MustCompile(`^[a-z][a-z0-9]{0,15}$`)
 var diskExport = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 
 func (c check) validate() error {
-	if len(c.Name) == 0 || len(c.Name) > 255 || len(c.UUID) > 64 || len(c.Host) > 64 || len(c.XML) > maxXML {
+	if len(c.Name) == 0 || len(c.Name) > 255 || len(c.UUID) > 64 || len(c.Host) > 64 || len(c.XML) > maxXML || len(c.CPU) > maxXML {
 		return errors.New("domain description out of bounds")
 	}
 	return validateDisks(c.Disks)

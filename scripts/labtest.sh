@@ -1,0 +1,23 @@
+#!/bin/sh
+# Runs the lab tests: real guests, real libvirtd, network namespaces. They need root.
+# A test that is skipped, or a package without the tests it should have, fails the run.
+set -eu
+cd "$(dirname "$0")/.."
+if [ "$(id -u)" != 0 ]; then
+	echo "make lab: the lab makes network namespaces and so needs root: run it as root" >&2
+	exit 1
+fi
+export WANLAB_CACHE="${WANLAB_CACHE:-/var/cache/wanlab}"
+bin/wanlab image # once, before tests wait for it
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+status=0
+# One package at a time: each lab wants the machine for itself.
+go test -tags lab -count=1 -p 1 -timeout 14m -run "${RUN:-.}" -v ./... >"$log" 2>&1 || status=$?
+grep -E '^(=== RUN|\? )|no tests to run' -v "$log" || true
+if grep -q -- '--- SKIP' "$log"; then
+	echo "make lab: a test was skipped: that counts as failed" >&2
+	exit 1
+fi
+exit "$status"
