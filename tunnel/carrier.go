@@ -12,9 +12,9 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// Carriers is the most QUIC connections that a session uses. Measurements that
-// chose it are in the package's part on carriers.
-const Carriers = 8
+// Carriers is the most QUIC connections that a session uses. The measurements
+// that chose it are in the package's part on carriers.
+const Carriers = 16
 
 var (
 	errTooMany   = errors.New("the session has all its carriers")
@@ -176,13 +176,13 @@ func (s *Session) watch(conn *quic.Conn, number int) {
 	s.run(func() {
 		<-conn.Context().Done()
 		err := s.explain(context.Cause(conn.Context()))
-		code, reason := closeLost, "a connection of the session was lost"
+		code := closeLost
 		if errors.Is(err, ErrClosedByPeer) {
-			code, reason = closeReason, "closed by peer"
+			code = closeReason
 		} else if number > 1 {
 			err = fmt.Errorf("%w (carrier %d)", err, number)
 		}
-		s.end(err, code, reason)
+		s.end(err, code, printable(err.Error()))
 	})
 }
 

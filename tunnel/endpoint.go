@@ -22,9 +22,10 @@ const (
 	joinProtocol = "wanmig/1/join" // and of the others
 
 	// maxHandshakes is how many dialers may be in their handshake, or wait for
-	// Accept; above retryFrom of them a dialer first proves its address.
-	maxHandshakes = 64
-	retryFrom     = 16
+	// Accept; above retryFrom of them a dialer first proves its address. Every
+	// carrier is a dialer.
+	maxHandshakes = 16 * Carriers
+	retryFrom     = 2 * Carriers
 
 	// Refusals are logged once a second, after a burst.
 	refusalInterval = time.Second

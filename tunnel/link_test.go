@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"net"
 	"slices"
 	"strings"
@@ -21,8 +22,11 @@ type wan struct {
 	rate  int // bytes per second
 	delay time.Duration
 	queue int // bytes
+	loss  float64
+	drops func(packet []byte) bool // set while the link is at work
 
 	mu    sync.Mutex
+	dice  *rand.Rand
 	cut   bool
 	ports map[string]*wanPort
 	ended sync.WaitGroup
@@ -55,7 +59,7 @@ func (w *wan) SendPacket(packet simnet.Packet) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	p, ok := w.ports[packet.To.String()]
-	if !ok || w.cut {
+	if !ok || w.cut || w.drops != nil && w.drops(packet.Data) {
 		return nil
 	}
 	now := time.Now()
@@ -67,7 +71,9 @@ func (w *wan) SendPacket(packet simnet.Packet) error {
 		return nil
 	}
 	p.free = p.free.Add(time.Duration(len(packet.Data)) * time.Second / time.Duration(w.rate))
-	p.arriving <- wanPacket{packet, p.free.Add(w.delay)}
+	if w.dice.Float64() >= w.loss {
+		p.arriving <- wanPacket{packet, p.free.Add(w.delay)}
+	}
 	return nil
 }
 
@@ -86,6 +92,7 @@ func overWAN(t *testing.T, w *wan, test func(t *testing.T, from, to *Session)) {
 	idA, idB := testIdentity(t), testIdentity(t)
 	synctest.Test(t, func(t *testing.T) {
 		w.ports = make(map[string]*wanPort)
+		w.dice = rand.New(rand.NewPCG(1, 2))
 		defer w.close()
 		ends := make([]*Endpoint, 2)
 		for i, id := range []*Identity{idA, idB} {
@@ -286,6 +293,113 @@ func TestHeaderThatNeverComes(t *testing.T) {
 		}
 		if _, err := to.Accept(context.Background()); !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), "incomplete after") {
 			t.Errorf("Accept: %v", err)
+		}
+	})
+}
+
+// One connection would get a tenth of this link.
+func TestCarriersFillALinkThatLosesPackets(t *testing.T) {
+	w := slowWAN()
+	w.queue, w.loss = 250_000, 0.003
+	overWAN(t, w, func(t *testing.T, from, to *Session) {
+		ctx, stop := context.WithTimeout(context.Background(), 20*time.Second)
+		defer stop()
+		out, in := openPair(t, from, to, "memory", Memory)
+		var sending sync.WaitGroup
+		sending.Go(func() {
+			frame := make([]byte, 256<<10)
+			for out.Send(ctx, frame) == nil {
+			}
+		})
+		var got int
+		var buf []byte
+		var err error
+		for err == nil {
+			buf, err = in.Recv(ctx, buf)
+			got += len(buf)
+		}
+		sending.Wait()
+		if got < 20*w.rate*6/10 {
+			t.Errorf("%d bytes in 20 s are below 60 %% of the link", got)
+		}
+		t.Logf("%d bytes, %d %% of the link", got, got*100/(20*w.rate))
+	})
+}
+
+func TestSilentCarrierEndsTheSession(t *testing.T) {
+	w := slowWAN()
+	overWAN(t, w, func(t *testing.T, from, to *Session) {
+		a, b := openPair(t, from, to, "memory", Memory)
+		time.Sleep(time.Second)
+		if len(from.carriers) != Carriers {
+			t.Fatalf("%d carriers", len(from.carriers))
+		}
+		// Short headers start with the connection's ID at the receiver.
+		shortID := func(packet []byte) (id [4]byte, ok bool) {
+			if packet[0]&0x80 != 0 || len(packet) < 5 {
+				return id, false
+			}
+			return [4]byte(packet[1:5]), true
+		}
+		seen := func(use func()) map[[4]byte]bool {
+			ids := make(map[[4]byte]bool)
+			w.mu.Lock()
+			w.drops = func(packet []byte) bool {
+				if id, ok := shortID(packet); ok {
+					ids[id] = true
+				}
+				return false
+			}
+			w.mu.Unlock()
+			use()
+			time.Sleep(time.Second)
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.drops = nil
+			return ids
+		}
+		time.Sleep(KeepAlive) // every carrier is quiet
+		first := seen(func() { exchange(t, from, to) })
+		all := seen(func() {
+			if err := a.Send(context.Background(), make([]byte, 1<<20)); err != nil {
+				t.Error(err)
+			}
+			if _, err := b.Recv(context.Background(), nil); err != nil {
+				t.Error(err)
+			}
+		})
+		w.mu.Lock()
+		for id := range all {
+			if !first[id] {
+				w.drops = func(packet []byte) bool {
+					got, ok := shortID(packet)
+					return ok && got == id
+				}
+				break
+			}
+		}
+		w.mu.Unlock()
+		began := time.Now()
+		_, err := b.Recv(context.Background(), nil)
+		if !errors.Is(err, ErrLost) {
+			t.Errorf("Recv: %v", err)
+		}
+		if took := time.Since(began); took > 2*IdleTimeout {
+			t.Errorf("the session ended after %v", took)
+		}
+		<-from.Done()
+		<-to.Done()
+		carrier := 0
+		for _, err := range []error{from.Err(), to.Err()} {
+			if !errors.Is(err, ErrLost) {
+				t.Errorf("the session ends with %v", err)
+			}
+			if strings.Contains(err.Error(), "(carrier ") {
+				carrier++
+			}
+		}
+		if carrier == 0 {
+			t.Errorf("neither side names the carrier: %v, %v", from.Err(), to.Err())
 		}
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"math/big"
 	"net"
@@ -213,7 +214,7 @@ func TestCrowdOfDialersIsBounded(t *testing.T) {
 		}
 		b.handshakes.Add(-test.handshakes)
 	}
-	book.await(t, "too many handshakes", "limit=64")
+	book.await(t, "too many handshakes", fmt.Sprint("limit=", maxHandshakes))
 }
 
 func TestRefusalsDoNotFloodTheLog(t *testing.T) {

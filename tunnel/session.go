@@ -30,13 +30,13 @@ const (
 )
 
 // Flow-control windows of one carrier. 1 Gbit/s over 100 ms is 12.5 MB in
-// flight; a window is renewed when a quarter of it was read, so 2 MiB on each of
-// 8 carriers carry that. The connection starts at its full window, since a few
-// stopped channels must not take the control channel's share.
+// flight; a window is renewed when a quarter of it was read, so 1 MiB on each of
+// 16 carriers carry that. The connection starts at its full window, since a few
+// stopped channels must not take the share of the others.
 const (
-	streamWindowStart = 256 << 10
-	streamWindow      = 2 << 20
-	connectionWindow  = 16 << 20
+	streamWindowStart = 128 << 10
+	streamWindow      = 1 << 20
+	connectionWindow  = 8 << 20
 )
 
 func quicConfig() *quic.Config {
