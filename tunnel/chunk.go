@@ -10,7 +10,7 @@ import (
 const (
 	// maxChunk is the largest piece of a striped channel's bytes that goes to one
 	// carrier at a time.
-	maxChunk  = 32 << 10
+	maxChunk  = 16 << 10
 	chunkSize = 8 + 2 // of a chunk's head
 )
 

@@ -105,7 +105,7 @@
 //
 //	offset  size  content
 //	0       8     offset of the chunk in its direction
-//	8       2     n, length: 1 to 32768; 0 at the end of the direction
+//	8       2     n, length: 1 to 16384; 0 at the end of the direction
 //	10      n     bytes
 //
 // Offsets ascend on each carrier and never overlap; a chunk goes to the first
@@ -149,7 +149,7 @@
 //
 // Send on a Control channel returns when all but the last 1452 bytes of the frame
 // are in packets that congestion control and flow control let go. On another
-// channel each carrier holds one chunk besides, so that up to 15 x 32 KiB of the
+// channel each carrier holds one chunk besides, so that up to 15 x 16 KiB of the
 // channel have not left when Send returns. Beyond them only the host's own queues
 // (quic-go's of a few packets, the socket, the interface) hold data, and these
 // count as in flight.
@@ -157,7 +157,7 @@
 // A receiver puts chunks into order without storing them: a chunk that is ahead
 // stays in the flow-control window of its carrier, and of the others the missing
 // one is at the head of its carrier's stream. So a reader that stops holds up to
-// 1 MiB on each carrier, 16 MiB in all, and its session 8 MiB on each carrier,
-// 128 MiB in all, whatever the peer sends; seven channels that stopped at their
-// limit leave the others room.
+// 2 MiB on each carrier, 32 MiB in all, and its session 12 MiB on each carrier,
+// 192 MiB in all, whatever the peer sends; five channels that stopped at their
+// limit leave the others room, and the control channels always have it.
 package tunnel
