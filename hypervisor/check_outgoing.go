@@ -65,8 +65,7 @@ func (f *findings) checkOutgoingDisk(d Disk) {
 	check := "disk " + d.Target
 	switch {
 	case !d.Media():
-	case d.Device == "cdrom" || d.Device == "floppy":
-		f.notice(check, "the medium "+d.Path+" stays here, and the drive arrives empty", "insert it at the destination if the guest needs it")
+	case d.Device == "cdrom" || d.Device == "floppy": // the caller carries it or not
 	case d.ReadOnly:
 		f.notice(check, "it is read-only and not copied", "the destination must have the same content at "+d.Path)
 	default:

@@ -66,7 +66,7 @@ func TestCheckOutgoingDisk(t *testing.T) {
 		"raw device":  {func(d *Disk) { d.Type, d.Format = "block", "raw" }, nil},
 		"volume":      {func(d *Disk) { d.Type = "volume" }, nil},
 		"empty drive": {func(d *Disk) { d.Device, d.Path, d.Format, d.VirtualSize = "cdrom", "", "raw", 0 }, nil},
-		"medium":      {func(d *Disk) { d.Device, d.ReadOnly = "cdrom", true }, []string{"notice disk vda"}},
+		"medium":      {func(d *Disk) { d.Device, d.ReadOnly = "cdrom", true }, nil},
 		"read-only":   {func(d *Disk) { d.ReadOnly = true }, []string{"notice disk vda"}},
 		"snapshots":   {func(d *Disk) { d.Snapshots = 2 }, []string{"notice disk vda"}},
 		"chain":       {func(d *Disk) { d.HasBacking = true }, []string{"notice disk vda"}},

@@ -91,7 +91,9 @@ func (e *Engine) converse(ctx context.Context, session *tunnel.Session, ctl *con
 			err = fmt.Errorf("control message %d is not known here: update this agent", kind)
 		}
 		if err != nil {
-			_ = ctl.send(ctx, kindRefused, reason{err.Error()})
+			if ctl.send(ctx, kindRefused, reason{err.Error()}) == nil {
+				awaitEnd(session)
+			}
 			return err
 		}
 	}

@@ -36,13 +36,19 @@ func makePlan(dom *hypervisor.Domain, req Request) (plan, error) {
 	used := map[string]bool{}
 	for _, d := range dom.Disks {
 		switch {
-		case d.Device == "cdrom" && !d.Media(), d.Device == "floppy" && !d.Media():
-			continue
-		case d.Device == "cdrom" && !req.CopyCDROM:
+		case !d.Media():
+			continue // an empty drive
+		case d.Device == "floppy", d.Device == "cdrom" && !req.CopyCDROM:
 			p.changes.Disks[d.Target] = hypervisor.DiskChange{Drop: true}
-			p.findings = append(p.findings, Finding{Check: "CD-ROM", Problem: fmt.Sprintf("%s (%s) is ejected at the destination", d.Target, d.Path),
-				Remedy: "carry it with --copy-cdrom"})
+			p.findings = append(p.findings, Finding{Check: d.Device, Problem: fmt.Sprintf("%s (%s) is ejected at the destination", d.Target, d.Path),
+				Remedy: "a CD-ROM is carried with --copy-cdrom"})
 			continue
+		case d.Device == "cdrom":
+			size, err := staticSize(d.Path)
+			if err != nil {
+				return p, fmt.Errorf("--copy-cdrom: %s: %w", d.Target, err)
+			}
+			d.VirtualSize, d.Allocated = size, size
 		}
 		path := mapStorage(d, req.Storage, used)
 		kind := "file"

@@ -1,6 +1,8 @@
 package migrate
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -42,11 +44,19 @@ func TestPlanMapsDisks(t *testing.T) {
 }
 
 func TestPlanCarriesCDROM(t *testing.T) {
-	p, err := makePlan(testDomain(), Request{CopyCDROM: true})
+	dom := testDomain()
+	dom.Disks[2].Path = filepath.Join(t.TempDir(), "debian.iso")
+	if _, err := makePlan(dom, Request{CopyCDROM: true}); err == nil {
+		t.Error("a CD-ROM that is not there can be carried")
+	}
+	if err := os.WriteFile(dom.Disks[2].Path, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p, err := makePlan(dom, Request{CopyCDROM: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(p.disks) != 3 || !p.disks[2].Static || len(p.mirrored()) != 2 || p.source["sda"] != "/iso/debian.iso" {
+	if len(p.disks) != 3 || !p.disks[2].Static || len(p.mirrored()) != 2 || p.source["sda"] != dom.Disks[2].Path || p.disks[2].Size != 4096 {
 		t.Errorf("plan is %+v", p)
 	}
 	if err := validateDisks(p.disks); err != nil {

@@ -298,7 +298,7 @@ func (s *source) handOff(ctx context.Context, sy *syncer, cookie []byte) error {
 		return err
 	}
 	if decision.kind == kindAborted {
-		return s.returned(peerReason(decision.body))
+		return s.returned(s.gaveUp(decision))
 	}
 	var r running
 	if decision.body != nil {

@@ -9,6 +9,20 @@ import (
 	"github.com/wanmig/wanmig/blocksync/nbd"
 )
 
+// staticSize is the size of an image that is carried as a file.
+func staticSize(path string) (int64, error) {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return 0, err
+	case !info.Mode().IsRegular():
+		return 0, fmt.Errorf("%s is no file: eject it, or leave --copy-cdrom away", path)
+	case info.Size() == 0 || info.Size()%512 != 0:
+		return 0, fmt.Errorf("%s has %d bytes, which is no number of sectors: leave --copy-cdrom away", path, info.Size())
+	}
+	return info.Size(), nil
+}
+
 // copyStatic puts an image that does not change, a CD-ROM, into an outbox.
 func copyStatic(ctx context.Context, path string, to *blocksync.Outbox) error {
 	f, err := os.Open(path)

@@ -64,9 +64,27 @@ func (s *source) startSync(parent context.Context, cookie []byte) (*syncer, erro
 	return sy, nil
 }
 
+// reasonWait is how long the destination may take to say why it reset a channel.
+const reasonWait = 10 * time.Second
+
 // fail ends the sync with the first cause. The destination is told it before
-// its channels end, so that its log says the same.
+// its channels end, so that its log says the same. A channel that it has reset
+// is no cause: the destination is about to tell that.
 func (sy *syncer) fail(cause error) {
+	if errors.Is(cause, tunnel.ErrReset) {
+		sy.work.Go(func() {
+			select {
+			case <-time.After(reasonWait):
+				sy.finish(cause)
+			case <-sy.ctx.Done():
+			}
+		})
+		return
+	}
+	sy.finish(cause)
+}
+
+func (sy *syncer) finish(cause error) {
 	sy.failed.Do(func() {
 		ctx, cancel := context.WithTimeout(sy.ctx, 2*time.Second)
 		defer cancel()

@@ -1,0 +1,259 @@
+//go:build lab
+
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/wanmig/wanmig/lab"
+	"github.com/wanmig/wanmig/migrate"
+)
+
+// phases to which a move is let come before something fails. The slow link
+// gives each of them seconds.
+func inPrepare(s migrate.Status) bool { return s.Phase == migrate.PhasePrepare }
+func inDisks(s migrate.Status) bool {
+	return s.Phase == migrate.PhaseSync && len(s.Disks) > 0 && s.Disks[0].Done > 0 && s.Memory.Stream == 0
+}
+func inMemory(s migrate.Status) bool {
+	return s.Phase == migrate.PhaseSync && s.Memory.Stream > 1<<20
+}
+
+// TestFailuresLeaveTheGuest lets a move fail in every way that it may before the
+// handoff is decided. Each time the guest must run on at the source, unharmed,
+// with nothing left at the destination; at last it moves.
+func TestFailuresLeaveTheGuest(t *testing.T) {
+	w := newWorld(t, "40mbit", "20ms")
+	const name = "survivor"
+	v := w.vm(lab.VMOptions{Name: name, Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "128MiB,format=qcow2")},
+		Dirty: 2 << 20, Write: 512 << 10, WorkingSet: 16 << 20})
+
+	cancel := func(w *world, move string) { w.wanmig(lab.LocalDC, "cancel", move) }
+	restart := func(site, daemon string, sig syscall.Signal) func(*world, string) {
+		return func(w *world, _ string) {
+			s := w.Sites[site]
+			kill, start := s.KillAgent, s.StartAgent
+			if daemon == lab.Libvirtd {
+				kill, start = s.KillLibvirtd, s.StartLibvirtd
+			}
+			if err := kill(w.t.Context()); err != nil {
+				w.t.Fatal(err)
+			}
+			if err := start(w.t.Context()); err != nil {
+				w.t.Fatal(err)
+			}
+		}
+	}
+	killQEMU := func(w *world, _ string) {
+		if err := syscall.Kill(w.qemu(lab.RemoteDC, name), syscall.SIGKILL); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	cases := []struct {
+		name string
+		at   func(migrate.Status) bool
+		do   func(*world, string)
+		says string // in the error that the operator reads
+	}{
+		{"cancel while preparing", inPrepare, cancel, "cancelled"},
+		{"cancel while disks are copied", inDisks, cancel, "cancelled"},
+		{"cancel while memory is copied", inMemory, cancel, "cancelled"},
+		{"destination agent killed", inMemory, restart(lab.RemoteDC, lab.Agent, syscall.SIGKILL), "session"},
+		{"destination QEMU killed before the tail", inMemory, killQEMU, "destination"},
+		{"source agent killed", inMemory, restart(lab.LocalDC, lab.Agent, syscall.SIGKILL), "restarted"},
+		{"source libvirtd restarted", inMemory, restart(lab.LocalDC, lab.Libvirtd, syscall.SIGTERM), "libvirt"},
+		{"destination libvirtd restarted", inMemory, restart(lab.RemoteDC, lab.Libvirtd, syscall.SIGTERM), "destination"},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			w := &world{w.Lab, t}
+			move := w.begin(name)
+			w.await(lab.LocalDC, move, "the moment to fail", c.at)
+			c.do(w, move)
+			s := w.await(lab.LocalDC, move, "its end", final)
+			if s.Phase != migrate.PhaseRolledBack || !strings.Contains(s.Result.Error, c.says) {
+				t.Errorf("the move ended %s with %q: want an error with %q", s.Phase, s.Result.Error, c.says)
+			}
+			w.unharmed(v)
+		})
+	}
+	t.Run("destination QEMU killed after the tail", func(t *testing.T) { w := &world{w.Lab, t}; w.killAfterTail(v) })
+	t.Run("destination disk full", func(t *testing.T) { w := &world{w.Lab, t}; w.fullDisk(v) })
+
+	w.move(lab.LocalDC, name, lab.RemoteDC)
+	w.healthy(lab.RemoteDC, v)
+}
+
+// unharmed checks that the guest runs at the source, and that the destination
+// has nothing of it left.
+func (w *world) unharmed(v *lab.VM) {
+	w.t.Helper()
+	if state := w.state(lab.LocalDC, v.Name); state != "running" {
+		w.t.Fatalf("the guest is %s at the source", state)
+	}
+	w.healthy(lab.LocalDC, v)
+	// The destination may learn of the failure by silence.
+	var left string
+	for until := time.Now().Add(50 * time.Second); time.Now().Before(until); time.Sleep(200 * time.Millisecond) {
+		left = ""
+		if state := w.state(lab.RemoteDC, v.Name); state != "absent" {
+			left = "the domain, " + state
+		}
+		if images := w.images(lab.RemoteDC); len(images) > 0 {
+			left += fmt.Sprint(" images ", images)
+		}
+		if sockets, err := os.ReadDir(w.path(lab.RemoteDC, "/run/libvirt/wanmig")); err == nil && len(sockets) > 0 {
+			left += fmt.Sprint(" sockets ", sockets)
+		}
+		if left == "" {
+			return
+		}
+	}
+	w.t.Fatalf("left at the destination: %s", left)
+}
+
+// killAfterTail kills the destination's QEMU when it has loaded the whole guest
+// and the destination has accepted it, but before it runs: libvirtd there is
+// held meanwhile, so that its Finish can't come through.
+func (w *world) killAfterTail(v *lab.VM) {
+	move := w.begin(v.Name)
+	w.await(lab.LocalDC, move, "memory", inMemory)
+	qemu := w.qemu(lab.RemoteDC, v.Name)
+	w.signal(lab.RemoteDC, lab.Libvirtd, syscall.SIGSTOP)
+	w.await(lab.RemoteDC, move, "the handoff", func(s migrate.Status) bool { return s.Phase == migrate.PhaseHandoff })
+	if state := w.state(lab.LocalDC, v.Name); state != "paused" {
+		w.t.Errorf("after the tail the guest is %s at the source", state)
+	}
+	if err := syscall.Kill(qemu, syscall.SIGKILL); err != nil {
+		w.t.Error(err)
+	}
+	w.signal(lab.RemoteDC, lab.Libvirtd, syscall.SIGCONT)
+	s := w.await(lab.LocalDC, move, "its end", final)
+	if s.Phase != migrate.PhaseRolledBack || !strings.Contains(s.Result.Error, "destination") {
+		w.t.Errorf("the move ended %s with %q", s.Phase, s.Result.Error)
+	}
+	w.unharmed(v)
+}
+
+// fullDisk gives the destination's images a file system that is too small for
+// what the guest's disk will take.
+func (w *world) fullDisk(v *lab.VM) {
+	const size = "size=24m"
+	images := "/var/lib/libvirt/images"
+	if _, complaint, status := w.run(lab.RemoteDC, "mount", "-t", "tmpfs", "-o", size, "tmpfs", images); status != 0 {
+		w.t.Fatal(complaint)
+	}
+	defer func() {
+		if _, complaint, status := w.run(lab.RemoteDC, "umount", images); status != 0 {
+			w.t.Error(complaint)
+		}
+	}()
+	out, complaint, status := w.run(lab.LocalDC, "wanmig", "move", v.Name, "--to", lab.RemoteDC)
+	if status == 0 || !strings.Contains(out+complaint, "space") {
+		w.t.Errorf("a disk without room there: status %d, %s%s", status, out, complaint)
+	}
+	w.unharmed(v)
+
+	// Room enough at the check, and none when it is needed.
+	if _, complaint, status := w.run(lab.RemoteDC, "mount", "-o", "remount,size=2g", images); status != 0 {
+		w.t.Fatal(complaint)
+	}
+	move := w.begin(v.Name)
+	w.await(lab.LocalDC, move, "disks", inDisks)
+	if _, complaint, status := w.run(lab.RemoteDC, "mount", "-o", "remount,size=8m", images); status != 0 {
+		// A tmpfs can't shrink below what it holds: fill it instead.
+		w.t.Logf("remount: %s", complaint)
+		w.run(lab.RemoteDC, "sh", "-c", "head -c 3g /dev/zero > "+images+"/.filler")
+	}
+	s := w.await(lab.LocalDC, move, "its end", final)
+	w.run(lab.RemoteDC, "rm", "-f", images+"/.filler")
+	if s.Phase != migrate.PhaseRolledBack || !strings.Contains(s.Result.Error, "space") {
+		w.t.Errorf("the move ended %s with %q: want an error that names the space", s.Phase, s.Result.Error)
+	}
+	if state := w.state(lab.LocalDC, v.Name); state != "running" {
+		w.t.Fatalf("the guest is %s at the source", state)
+	}
+	w.healthy(lab.LocalDC, v)
+	out, _, _ = w.run(lab.RemoteDC, "ls", images)
+	if strings.TrimSpace(out) != "" {
+		w.t.Errorf("left at the destination: %s", out)
+	}
+}
+
+// TestRefusals gives the command what can't work. Each is found before a byte
+// moves, says what is wrong and what exists, and leaves the guest running.
+func TestRefusals(t *testing.T) {
+	w := newWorld(t, "400mbit", "20ms")
+	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "32MiB")}})
+	if out, err := exec.Command("cp", w.path(lab.LocalDC, v.Disks[0]), w.path(lab.RemoteDC, "/var/lib/libvirt/images/taken")).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	cases := []struct {
+		name string
+		args []string
+		want []string
+	}{
+		{"no such VM", []string{"wbe", "--to", "remote-dc"}, []string{`no VM "wbe"`, "web"}},
+		{"no such site", []string{"web", "--to", "remote"}, []string{`"remote"`, "remote-dc"}},
+		{"no such flag", []string{"web", "--two", "remote-dc"}, []string{"--two"}},
+		{"no site", []string{"web"}, []string{"--to"}},
+		{"no such disk", []string{"web", "--to", "remote-dc", "--storage", "vdx=/tmp"}, []string{"vdx", "vda"}},
+		{"path taken", []string{"web", "--to", "remote-dc", "--storage", "vda=/var/lib/libvirt/images/taken"}, []string{"/var/lib/libvirt/images/taken", "exist"}},
+		{"no such folder", []string{"web", "--to", "remote-dc", "--storage", "vda=/no/where/a"}, []string{"/no/where"}},
+		{"no such network", []string{"web", "--to", "remote-dc", "--network", "br0=br7"}, []string{"br7"}},
+		{"several at once", []string{"web", "--to", "remote-dc", "--dry-run", "--network", "br0=br7", "--storage", "vda=/no/where/a"}, []string{"br7", "/no/where"}},
+	}
+	for _, c := range cases {
+		out, complaint, status := w.run(lab.LocalDC, "wanmig", append([]string{"move"}, c.args...)...)
+		if status == 0 {
+			t.Errorf("%s: the command succeeds: %s", c.name, out)
+		}
+		for _, want := range c.want {
+			if !strings.Contains(out+complaint, want) {
+				t.Errorf("%s: %q is not in: %s%s", c.name, want, out, complaint)
+			}
+		}
+	}
+	w.wanmig(lab.LocalDC, "move", "web", "--to", "remote-dc", "--dry-run")
+
+	// What is taken there: the name by another guest, then the site's daemons.
+	if _, complaint, status := w.run(lab.RemoteDC, "sh", "-c", `virsh -q define /dev/stdin <<'X'
+<domain type='qemu'><name>web</name><memory unit='MiB'>64</memory><os><type arch='x86_64'>hvm</type></os></domain>
+X`); status != 0 {
+		t.Fatal(complaint)
+	}
+	w.refused("web", "name")
+	if _, complaint, status := w.run(lab.RemoteDC, "virsh", "undefine", "web"); status != 0 {
+		t.Fatal(complaint)
+	}
+	if err := w.Sites[lab.RemoteDC].KillLibvirtd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.refused("web", "libvirt")
+	if err := w.Sites[lab.RemoteDC].KillAgent(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.refused("web", "remote-dc")
+	if out, complaint, status := w.run(lab.RemoteDC, "wanmig", "list"); status == 0 || !strings.Contains(complaint, "no agent") {
+		t.Errorf("the command without an agent: status %d, %s%s", status, out, complaint)
+	}
+	if state := w.state(lab.LocalDC, "web"); state != "running" {
+		t.Errorf("the guest is %s", state)
+	}
+	w.healthy(lab.LocalDC, v)
+}
+
+// refused checks that a move is refused for a reason.
+func (w *world) refused(vm, why string) {
+	w.t.Helper()
+	out, complaint, status := w.run(lab.LocalDC, "wanmig", "move", vm, "--to", lab.RemoteDC)
+	if status != 2 || !strings.Contains(out+complaint, why) {
+		w.t.Errorf("want a refusal that names %q: status %d, %s%s", why, status, out, complaint)
+	}
+}
