@@ -29,7 +29,7 @@ func (im *Images) filesystem(ctx context.Context, size int64, first bool, tree s
 		kind, budget = "first", min(size/3, 256<<20)
 		sources = []string{filepath.Join(tree, "lib"), filepath.Join(tree, "boot"), "/usr/lib/x86_64-linux-gnu"}
 	}
-	name := fmt.Sprintf("disk-%s-%d-%s", kind, size, strings.TrimPrefix(filepath.Base(tree), "package-linux-image-"))
+	name := fmt.Sprintf("ext4-%s-%d-%s", kind, size, strings.TrimPrefix(filepath.Base(tree), "package-linux-image-"))
 	return im.make(name, func(path string) error {
 		staged := filepath.Join(im.dir, "new-files")
 		defer os.RemoveAll(staged)
@@ -44,7 +44,7 @@ func (im *Images) filesystem(ctx context.Context, size int64, first bool, tree s
 		if err := f.Truncate(size); err != nil {
 			return err
 		}
-		_, err = output(exec.CommandContext(ctx, "mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-L", "wanlab-"+kind,
+		_, err = output(exec.CommandContext(ctx, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-L", "wanlab-"+kind,
 			"-U", "6c616277-6e61-4d6c-8a62-646973630001", "-E", "hash_seed=6c616277-6e61-4d6c-8a62-686173680001,assume_storage_prezeroed=1",
 			"-d", staged, path))
 		return err

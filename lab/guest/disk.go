@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -18,9 +19,7 @@ import (
 // disk writes numbered blocks round and round a file on one file system, and verifies them, and the files that were on
 // the disk from the start, past the page cache.
 type disk struct {
-	device string
 	root   string
-	bytes  int64
 	seed   uint64
 	ring   *os.File // buffered, for writing
 	direct *os.File // O_DIRECT, for reading back
@@ -34,10 +33,12 @@ type disk struct {
 	cursor   int64
 	bad      map[int64]bool // sequence numbers already counted as errors
 	badFile  map[string]bool
-	files    int64
-	written  int64
-	verified int64
-	faults   faults
+
+	// What is reported has a lock that no input or output is done under, so that a disk that hangs can be reported.
+	told   sync.Mutex
+	counts api.DiskReport
+	faults faults
+	busy   map[string]time.Duration // kinds of input and output under way, and when they began
 }
 
 const (
@@ -47,9 +48,19 @@ const (
 	maxManifest = 16 << 20
 )
 
+func newDisk(device string, bytes int64) *disk {
+	return &disk{
+		bad:     make(map[int64]bool),
+		badFile: make(map[string]bool),
+		counts:  api.DiskReport{Device: device, Bytes: bytes},
+		busy:    make(map[string]time.Duration),
+	}
+}
+
 // openDisk makes the ring of a disk mounted at root: an eighth of its size, at most 64 MiB.
 func openDisk(device, root string, bytes int64, seed uint64) (*disk, error) {
-	d := &disk{device: device, root: root, bytes: bytes, seed: seed, bad: make(map[int64]bool), badFile: make(map[string]bool)}
+	d := newDisk(device, bytes)
+	d.root, d.seed = root, seed
 	d.slots = max(min(bytes/8, maxRing)/api.BlockSize, 2)
 	path := filepath.Join(root, ringName)
 	var err error
@@ -70,7 +81,7 @@ func openDisk(device, root string, bytes int64, seed uint64) (*disk, error) {
 	if err != nil {
 		return nil, err
 	}
-	d.files = int64(len(lines))
+	d.counts.Files = int64(len(lines))
 	return d, nil
 }
 
@@ -93,10 +104,12 @@ func (d *disk) put(n int64) error {
 		d.mu.Lock()
 		c := d.cell(d.sequence + 1)
 		c.Fill(api.Words(d.write))
+		done := d.begin("write")
 		_, err := d.ring.WriteAt(d.write, int64(c.Index)*api.BlockSize)
+		done()
 		if err == nil {
 			d.sequence++
-			d.written++
+			d.tell(func(r *api.DiskReport) { r.WrittenBlocks++ })
 		}
 		d.mu.Unlock()
 		if err != nil {
@@ -106,30 +119,36 @@ func (d *disk) put(n int64) error {
 	d.mu.Lock()
 	upTo := d.sequence
 	d.mu.Unlock()
-	if err := d.ring.Sync(); err != nil {
+	done := d.begin("fsync")
+	err := d.ring.Sync()
+	done()
+	if err != nil {
 		return fmt.Errorf("fsync: %w", err)
 	}
 	d.mu.Lock()
 	d.acked = max(d.acked, upTo)
+	d.tell(func(r *api.DiskReport) { r.Acknowledged = d.acked })
 	d.mu.Unlock()
 	return nil
 }
 
 // check reads block sequence back from the disk; a block found bad is counted once.
 func (d *disk) check(sequence int64) bool {
-	d.verified++
 	c := d.cell(sequence)
 	b := d.read[:api.BlockSize]
+	done := d.begin("read")
 	_, err := d.direct.ReadAt(b, int64(c.Index)*api.BlockSize)
+	done()
+	d.tell(func(r *api.DiskReport) { r.VerifiedBlocks++ })
 	if err == nil && c.Matches(api.Words(b)) {
 		return true
 	}
 	if !d.bad[sequence] {
 		d.bad[sequence] = true
 		if err != nil {
-			d.faults.add("block %d: read: %v", sequence, err)
+			d.fault("block %d: read: %v", sequence, err)
 		} else {
-			d.faults.add("block %s", c.Diagnose(api.Words(b)))
+			d.fault("block %s", c.Diagnose(api.Words(b)))
 		}
 	}
 	return false
@@ -193,7 +212,7 @@ func (d *disk) verifyFiles() (files, bad int64) {
 		d.fault("manifest: %v", err)
 		return 0, 1
 	}
-	if missing := d.files - int64(len(lines)); missing != 0 {
+	if missing := d.counts.Files - int64(len(lines)); missing != 0 {
 		d.fault("manifest: %d lines are missing", missing)
 		bad++
 	}
@@ -210,7 +229,7 @@ func (d *disk) verifyFiles() (files, bad int64) {
 			d.mu.Lock()
 			if !d.badFile[line] {
 				d.badFile[line] = true
-				d.faults.add("file %v", err)
+				d.fault("file %v", err)
 			}
 			d.mu.Unlock()
 		}
@@ -219,9 +238,28 @@ func (d *disk) verifyFiles() (files, bad int64) {
 }
 
 func (d *disk) fault(format string, args ...any) {
-	d.mu.Lock()
+	d.told.Lock()
 	d.faults.add(format, args...)
-	d.mu.Unlock()
+	d.told.Unlock()
+}
+
+func (d *disk) tell(change func(r *api.DiskReport)) {
+	d.told.Lock()
+	change(&d.counts)
+	d.told.Unlock()
+}
+
+// begin notes that an operation has begun, until done is called.
+func (d *disk) begin(operation string) (done func()) {
+	d.told.Lock()
+	d.busy[operation] = monotonic()
+	d.told.Unlock()
+	return func() {
+		d.told.Lock()
+		d.counts.LongestWaitMS = max(d.counts.LongestWaitMS, (monotonic() - d.busy[operation]).Milliseconds())
+		delete(d.busy, operation)
+		d.told.Unlock()
+	}
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -273,16 +311,14 @@ func cutFields(line string) (head, rest string, ok bool) {
 }
 
 func (d *disk) report() api.DiskReport {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return api.DiskReport{
-		Device:         d.device,
-		Bytes:          d.bytes,
-		WrittenBlocks:  d.written,
-		Acknowledged:   d.acked,
-		VerifiedBlocks: d.verified,
-		Files:          d.files,
-		Errors:         d.faults.count,
-		FirstErrors:    d.faults.list(),
+	d.told.Lock()
+	defer d.told.Unlock()
+	r := d.counts
+	r.Errors, r.FirstErrors = d.faults.count, d.faults.list()
+	for operation, began := range d.busy {
+		if waited := (monotonic() - began).Milliseconds(); waited > r.WaitingMS {
+			r.WaitingMS, r.WaitingFor = waited, operation
+		}
 	}
+	return r
 }

@@ -61,7 +61,7 @@ func (l *load) start() {
 		}
 		go pace(batch, func() float64 { return float64(l.get().Write) / api.BlockSize }, func(n int64) {
 			if err := d.put(n); err != nil {
-				slog.Error("disk write", "device", d.device, "err", err)
+				slog.Error("disk write", "device", d.counts.Device, "err", err)
 				d.fault("%v", err)
 				time.Sleep(time.Second)
 			}

@@ -81,7 +81,7 @@ func newGuest(s settings) (*guest, error) {
 		d, err := mountDisk(name, s.seed+uint64(i)+1)
 		if err != nil {
 			slog.Error("disk not opened", "device", name, "err", err)
-			d = &disk{device: name}
+			d = newDisk(name, 0)
 			d.fault("%v", err)
 		}
 		l.disks = append(l.disks, d)

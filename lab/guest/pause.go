@@ -83,6 +83,7 @@ const (
 // reading lowers the difference for once; only a stop raises it for good.
 type stops struct {
 	readings int
+	since    time.Duration // when readings began to count
 	ahead    time.Duration // the largest difference so far
 	count    int64
 	last     time.Duration // length of the last stop, and when it was
@@ -97,6 +98,9 @@ func (s *stops) edge(always, running time.Duration) {
 	s.readings++
 	if s.readings == 1 || gained > 0 {
 		s.ahead = ahead
+	}
+	if s.readings == settleReadings {
+		s.since = running
 	}
 	if s.readings <= settleReadings || gained <= 0 {
 		return
@@ -121,6 +125,7 @@ func (p *pauses) report() api.PauseReport {
 	return api.PauseReport{
 		LongestMS:       milliseconds(p.longest),
 		LongestAtMS:     p.at.Milliseconds(),
+		StopsSinceMS:    p.stops.since.Milliseconds(),
 		Stops:           p.stops.count,
 		LongestStopMS:   milliseconds(p.stops.longest),
 		LongestStopAtMS: p.stops.at.Milliseconds(),

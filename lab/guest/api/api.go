@@ -68,7 +68,8 @@ type MemoryReport struct {
 }
 
 // DiskReport tells of one disk. Acknowledged is the highest sequence number that fsync has confirmed; every block up to it
-// must survive anything.
+// must survive anything. WaitingMS is how long the longest operation under way has taken so far, LongestWaitMS how long the
+// longest of all that ended took, by the guest's monotonic clock.
 type DiskReport struct {
 	Device         string   `json:"device"`
 	Bytes          int64    `json:"bytes"`
@@ -76,6 +77,9 @@ type DiskReport struct {
 	Acknowledged   int64    `json:"acknowledged"`
 	VerifiedBlocks int64    `json:"verified_blocks"`
 	Files          int64    `json:"files"` // listed in its manifest
+	WaitingMS      int64    `json:"waiting_ms"`
+	WaitingFor     string   `json:"waiting_for,omitempty"` // read, write or fsync
+	LongestWaitMS  int64    `json:"longest_wait_ms"`
 	Errors         int64    `json:"errors"`
 	FirstErrors    []string `json:"first_errors,omitempty"`
 }
@@ -83,10 +87,12 @@ type DiskReport struct {
 // PauseReport tells when the guest did not run. LongestMS is the longest gap between two ticks of a 1 ms ticker by the
 // guest's monotonic clock, which stands still while the VM is stopped. LongestStopMS is the longest such stop: what the
 // real-time clock, which keeps counting, has gained on the monotonic clock from one second to the next; its error is a few
-// milliseconds, and stops below 5 ms are not counted. AtMS values are uptimes.
+// milliseconds, and stops below 5 ms are not counted. Stops are measured from StopsSinceMS, a few seconds after boot, on; it
+// is 0 before that. AtMS values are uptimes.
 type PauseReport struct {
 	LongestMS       float64 `json:"longest_ms"`
 	LongestAtMS     int64   `json:"longest_at_ms"`
+	StopsSinceMS    int64   `json:"stops_since_ms"`
 	Stops           int64   `json:"stops"`
 	LongestStopMS   float64 `json:"longest_stop_ms"`
 	LongestStopAtMS int64   `json:"longest_stop_at_ms"`
