@@ -5,11 +5,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"net/url"
 	"os"
@@ -18,8 +15,6 @@ import (
 	"strings"
 	"time"
 	"unicode"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/wanmig/wanmig/lab/guest/api"
 )
@@ -124,126 +119,6 @@ type VM struct {
 
 // SerialLog is the path, inside each site, of the log of the VM's serial console.
 func (v *VM) SerialLog() string { return "/var/log/libvirt/" + v.Name + ".serial.log" }
-
-func (l *Lab) vmDir() string { return filepath.Join(l.Dir, "guests") }
-func (l *Lab) vmFile(name string) string {
-	return filepath.Join(l.vmDir(), url.PathEscape(name)+".json")
-}
-func (v *VM) host() (*Site, error) { return v.lab.Site(v.Home) }
-func deriveMAC(name string) (mac [6]byte) {
-	h := sha256.Sum256([]byte(name))
-	copy(mac[:], []byte{0x52, 0x54, 0, h[0], h[1], h[2]})
-	return
-}
-
-// linkLocal is the address that IPv6 makes from a MAC (RFC 4291, appendix A).
-func linkLocal(m [6]byte) netip.Addr {
-	return netip.AddrFrom16([16]byte{0xfe, 0x80, 8: m[0] ^ 2, m[1], m[2], 0xff, 0xfe, m[3], m[4], m[5]})
-}
-
-// VM returns a VM made by CreateVM.
-func (l *Lab) VM(name string) (*VM, error) {
-	if err := checkName(name); err != nil {
-		return nil, err
-	}
-	b, err := os.ReadFile(l.vmFile(name))
-	if errors.Is(err, os.ErrNotExist) {
-		names, listErr := l.vmNames()
-		if listErr != nil {
-			return nil, listErr
-		}
-		if len(names) == 0 {
-			return nil, fmt.Errorf("%q: %w: make one with wanlab vm NAME", name, ErrNoVM)
-		}
-		return nil, fmt.Errorf("%q: %w: there are %s", name, ErrNoVM, strings.Join(names, ", "))
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read VM: %w", err)
-	}
-	v := &VM{lab: l}
-	if err := json.Unmarshal(b, v); err != nil {
-		return nil, fmt.Errorf("read %s: %w", l.vmFile(name), err)
-	}
-	return v, nil
-}
-
-func (l *Lab) vmNames() ([]string, error) {
-	entries, err := os.ReadDir(l.vmDir())
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("list VMs: %w", err)
-	}
-	var names []string
-	for _, e := range entries {
-		if base, ok := strings.CutSuffix(e.Name(), ".json"); ok {
-			if name, err := url.PathUnescape(base); err == nil {
-				names = append(names, name)
-			}
-		}
-	}
-	return names, nil
-}
-
-// register gives a VM its identity and the lowest address that no other VM of its site has, and writes it down.
-func (l *Lab) register(name, site string) (*VM, error) {
-	if err := os.MkdirAll(l.vmDir(), 0o755); err != nil {
-		return nil, fmt.Errorf("register VM: %w", err)
-	}
-	dir, err := os.Open(l.vmDir())
-	if err != nil {
-		return nil, fmt.Errorf("register VM: %w", err)
-	}
-	defer dir.Close()
-	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
-		return nil, fmt.Errorf("register VM: lock: %w", err)
-	}
-	names, err := l.vmNames()
-	if err != nil {
-		return nil, err
-	}
-	mac := deriveMAC(name)
-	used := make(map[netip.Addr]bool)
-	for _, other := range names {
-		if other == name {
-			return nil, fmt.Errorf("VM %q exists already", name)
-		}
-		if deriveMAC(other) == mac {
-			return nil, fmt.Errorf("VM %q would have the MAC of %q: choose another name", name, other)
-		}
-		v, err := l.VM(other)
-		if err != nil {
-			return nil, err
-		}
-		used[v.Address] = true
-	}
-	gateway := l.Sites[site].BridgeAddr.Addr().As4()
-	v := &VM{Name: name, MAC: net.HardwareAddr(mac[:]).String(), LinkLocal: linkLocal(mac), Home: site, lab: l}
-	for n := byte(10); ; n++ {
-		v.Address = netip.AddrFrom4([4]byte{gateway[0], gateway[1], gateway[2], n})
-		if n == 100 {
-			return nil, fmt.Errorf("%s has no address left for VM %q", site, name)
-		}
-		if !used[v.Address] {
-			break
-		}
-	}
-	h := sha256.Sum256([]byte(l.ID + "/" + name))
-	h[6], h[8] = h[6]&0x0f|0x40, h[8]&0x3f|0x80
-	id := hex.EncodeToString(h[:16])
-	v.UUID = id[:8] + "-" + id[8:12] + "-" + id[12:16] + "-" + id[16:20] + "-" + id[20:]
-	return v, v.save()
-}
-
-func (v *VM) save() error {
-	b, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return fmt.Errorf("write VM: %w", err)
-	}
-	path := v.lab.vmFile(v.Name)
-	if err := os.WriteFile(path+".new", append(b, '\n'), 0o644); err != nil {
-		return fmt.Errorf("write VM: %w", err)
-	}
-	return os.Rename(path+".new", path)
-}
 
 // CreateVM makes a VM and waits until it answers. If that does not succeed, nothing is left of it, and the error has the end
 // of its serial log.
