@@ -13,16 +13,6 @@ import (
 	"github.com/wanmig/wanmig/lab"
 )
 
-// disk reads a disk as `wanlab vm --disk` does.
-func disk(t *testing.T, s string) lab.DiskOptions {
-	t.Helper()
-	d, err := lab.ParseDisk(s, "raw")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return d
-}
-
 // TestMoves moves guests of every kind, live and under load. They land paused,
 // so that the images of both sites can be compared, and go on afterwards.
 func TestMoves(t *testing.T) {

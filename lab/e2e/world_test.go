@@ -1,4 +1,4 @@
-//go:build lab
+//go:build lab || bench
 
 // Package e2e moves real guests between two real libvirtd with the real
 // command and agents, across the lab's WAN.
@@ -88,6 +88,16 @@ func (w *world) logs() {
 		lines := strings.Split(string(b), "\n")
 		w.t.Logf("agent at %s:\n%s", dc, strings.Join(lines[max(0, len(lines)-25):], "\n"))
 	}
+}
+
+// disk reads a disk as `wanlab vm --disk` does.
+func disk(t *testing.T, s string) lab.DiskOptions {
+	t.Helper()
+	d, err := lab.ParseDisk(s, "raw")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
 }
 
 // vm boots a guest.
