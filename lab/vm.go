@@ -242,9 +242,7 @@ func (v *VM) create(ctx context.Context, im *Images, site *Site, o VMOptions) er
 
 func (v *VM) cmdline(site *Site, o VMOptions) string {
 	h := sha256.Sum256([]byte("seed/" + v.Name))
-	// With page table isolation each entry to the kernel flushes the TLB. QEMU before 9.0 needs that under TCG: it does not
-	// log a store through a TLB entry from before its last look at the dirty pages (fixed by its commit 03bfc2188f).
-	return fmt.Sprintf("console=ttyS0 quiet loglevel=4 mitigations=off pti=on panic=1 wanlab.name=%s wanlab.address=%s wanlab.gateway=%s wanlab.seed=%x"+
+	return fmt.Sprintf("console=ttyS0 quiet loglevel=4 mitigations=off panic=1 wanlab.name=%s wanlab.address=%s wanlab.gateway=%s wanlab.seed=%x"+
 		" wanlab.disks=%d wanlab.dirty=%d wanlab.write=%d wanlab.working-set=%d",
 		url.PathEscape(v.Name), netip.PrefixFrom(v.Address, site.BridgeAddr.Bits()), site.BridgeAddr.Addr(), binary.BigEndian.Uint64(h[:]),
 		len(o.Disks), o.Dirty, o.Write, o.WorkingSet)
