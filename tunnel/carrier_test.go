@@ -29,6 +29,15 @@ func awaitCarriers(t testing.TB, s *Session, n int) []*quic.Conn {
 	return nil
 }
 
+func awaitEnd(t testing.TB, conn *quic.Conn) {
+	t.Helper()
+	select {
+	case <-conn.Context().Done():
+	case <-testContext(t).Done():
+		t.Fatal("a connection does not end")
+	}
+}
+
 func awaitLanes(t testing.TB, c *Channel, n int) {
 	t.Helper()
 	st := c.stream.(*stripe)
@@ -159,12 +168,8 @@ func TestCarrierDeathEndsTheSession(t *testing.T) {
 	if err := a.Send(testContext(t), nil); err == nil || !strings.Contains(err.Error(), from.Err().Error()) {
 		t.Errorf("Send: %v", err)
 	}
-	for i, conn := range carriers {
-		select {
-		case <-conn.Context().Done():
-		case <-testContext(t).Done():
-			t.Errorf("carrier %d is still open", i+1)
-		}
+	for _, conn := range carriers {
+		awaitEnd(t, conn)
 	}
 }
 
@@ -224,7 +229,7 @@ func TestJoinsThatAreRefused(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			conn, stream := rawJoin(t, e, test.id, test.request)
 			stream.Close()
-			<-conn.Context().Done()
+			awaitEnd(t, conn)
 			var closed *quic.ApplicationError
 			if err := context.Cause(conn.Context()); !errors.As(err, &closed) || !strings.Contains(err.Error(), "not joined") {
 				t.Errorf("the joiner is told %v", err)
@@ -250,7 +255,7 @@ func TestJoinersBeyondTheLimit(t *testing.T) {
 	}
 	conn, stream := rawJoin(t, e, id, right.append(nil))
 	stream.Close()
-	<-conn.Context().Done()
+	awaitEnd(t, conn)
 	book.await(t, "refused a carrier", "all its carriers")
 	if s.Err() != nil {
 		t.Error(s.Err())
@@ -291,7 +296,7 @@ func TestJunkOnACarrierEndsTheSession(t *testing.T) {
 			if err := s.Err(); !errors.Is(err, ErrClosed) || !strings.Contains(err.Error(), "malformed") {
 				t.Errorf("the session ends with %v", err)
 			}
-			<-conn.Context().Done()
+			awaitEnd(t, conn)
 			var closed *quic.ApplicationError
 			if err := context.Cause(conn.Context()); !errors.As(err, &closed) || closed.ErrorCode != closeFormat {
 				t.Errorf("the peer is told %v", err)

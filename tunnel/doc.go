@@ -135,12 +135,13 @@
 // QUIC's NewReno leaves slow start early where delays vary, and then grows by a
 // packet per round trip; after a loss it needs long to recover. Several
 // connections do both as many times faster. Used of an emulated link in 15 s
-// by one Memory channel, with 1, 4, 8 and 16 connections:
+// by the frames of one Memory channel, with 1, 4, 8 and 16 connections, on a busy
+// host with two cores:
 //
-//	100 Mbit/s,  50 ms, no loss    80   95   96   95 %
-//	200 Mbit/s, 100 ms, no loss    93   89   95   92 %
+//	100 Mbit/s,  50 ms, no loss    80   95   96   90 %
+//	200 Mbit/s, 100 ms, no loss    93   89   95   94 %
 //	200 Mbit/s, 100 ms, 0.01 %     29    -   85   95 %
-//	200 Mbit/s, 100 ms, 0.1 %       6   14   29   55 %
+//	200 Mbit/s, 100 ms, 0.1 %       6   14   29   58 %
 //
 // Like other TCP-friendly senders they fill the queue of the narrowest link, so
 // control frames take the path's time and that queue's.
@@ -159,5 +160,5 @@
 // one is at the head of its carrier's stream. So a reader that stops holds up to
 // 2 MiB on each carrier, 32 MiB in all, and its session 12 MiB on each carrier,
 // 192 MiB in all, whatever the peer sends; five channels that stopped at their
-// limit leave the others room, and the control channels always have it.
+// limit leave the others room, and leave the first carrier to control frames.
 package tunnel

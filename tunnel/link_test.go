@@ -330,10 +330,7 @@ func TestSilentCarrierEndsTheSession(t *testing.T) {
 	w := slowWAN()
 	overWAN(t, w, func(t *testing.T, from, to *Session) {
 		a, b := openPair(t, from, to, "memory", Memory)
-		time.Sleep(time.Second)
-		if len(from.carriers) != Carriers {
-			t.Fatalf("%d carriers", len(from.carriers))
-		}
+		awaitCarriers(t, from, Carriers)
 		// Short headers start with the connection's ID at the receiver.
 		shortID := func(packet []byte) (id [4]byte, ok bool) {
 			if packet[0]&0x80 != 0 || len(packet) < 5 {

@@ -29,8 +29,6 @@ type merger struct {
 	mu      sync.Mutex
 	heads   []*inletHead
 	base    uint64 // where the next chunk has to begin
-	ended   bool   // end is known
-	end     uint64
 	arrived chan struct{} // holds a token when a head has arrived
 
 	// The reader's own.
@@ -43,7 +41,6 @@ type inletHead struct {
 	in      inlet
 	ready   bool // head is known, and not taken yet
 	head    chunkHead
-	floor   uint64        // where the inlet's next chunk may begin
 	fetched chan struct{} // tells that the bytes behind head were read
 }
 
@@ -115,27 +112,15 @@ func (m *merger) drop(h *inletHead) {
 	}
 }
 
-// offer takes in the head of an inlet's next chunk.
+// offer takes in the head of an inlet's next chunk. The inlet's last chunk was
+// read before, so base is at its end or beyond.
 func (m *merger) offer(h *inletHead, head chunkHead) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if head.offset < h.floor || head.offset < m.base {
-		return fmt.Errorf("%w: chunk at offset %d after %d", ErrFormat, head.offset, max(h.floor, m.base))
+	if head.offset < m.base {
+		return fmt.Errorf("%w: chunk at offset %d after %d", ErrFormat, head.offset, m.base)
 	}
-	h.head, h.ready, h.floor = head, true, head.end()
-	if head.length == 0 {
-		if m.ended && m.end != head.offset {
-			return fmt.Errorf("%w: a channel ends at offset %d and at %d", ErrFormat, m.end, head.offset)
-		}
-		m.ended, m.end = true, head.offset
-	}
-	if m.ended {
-		for _, other := range m.heads {
-			if other.floor > m.end {
-				return fmt.Errorf("%w: chunk up to offset %d of a channel that ends at %d", ErrFormat, other.floor, m.end)
-			}
-		}
-	}
+	h.head, h.ready = head, true
 	select {
 	case m.arrived <- struct{}{}:
 	default:
@@ -163,15 +148,21 @@ func (m *merger) next() (*inletHead, error) {
 		}
 		return nil, nil
 	}
-	if found.head.length == 0 {
-		return nil, io.EOF
+	end := found.head.length == 0
+	if !end {
+		found.ready = false
+		m.base = found.head.end()
 	}
-	found.ready = false
-	m.base = found.head.end()
 	for _, h := range m.heads {
 		if h.ready && h.head.offset < m.base {
 			return nil, fmt.Errorf("%w: chunks overlap at offset %d", ErrFormat, h.head.offset)
 		}
+		if h.ready && end && h.head.end() > m.base {
+			return nil, fmt.Errorf("%w: chunk at offset %d of a channel that ends at %d", ErrFormat, h.head.offset, m.base)
+		}
+	}
+	if end {
+		return nil, io.EOF
 	}
 	return found, nil
 }

@@ -157,7 +157,6 @@ func TestMergeOfHostileChunks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rapid.Check(inBubble{t}, func(t *rapid.T) {
 			m := newMerger(context.Background())
-			var followers sync.WaitGroup
 			for range rapid.IntRange(1, Carriers).Draw(t, "carriers") {
 				in := newScriptedInlet()
 				for range rapid.IntRange(0, 6).Draw(t, "chunks") {
@@ -169,7 +168,7 @@ func TestMergeOfHostileChunks(t *testing.T) {
 				if rapid.Bool().Draw(t, "ended") {
 					in.end()
 				}
-				followers.Go(func() { m.follow(in) })
+				go m.follow(in)
 				defer in.SetReadDeadline(longAgo)
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -204,8 +203,10 @@ func TestMergeRefuses(t *testing.T) {
 		{"overlap of two carriers", [][]byte{chunkBytes(0, 9), chunkBytes(8, 9)}, 0, ErrFormat},
 		{"the same offset on two carriers", [][]byte{chunkBytes(0, 9), chunkBytes(0, 9)}, 0, ErrFormat},
 		{"no carrier has the next chunk", gap, 0, ErrFormat},
-		{"two ends", [][]byte{join(chunkBytes(0, 9), end(9)), end(8)}, 0, ErrFormat},
-		{"a chunk behind the end", [][]byte{chunkBytes(0, 9), end(5)}, 0, ErrFormat},
+		{"an end before the end", [][]byte{join(chunkBytes(0, 9), end(9)), end(8)}, 0, ErrFormat},
+		{"an end after the end", [][]byte{join(chunkBytes(0, 9), end(9)), end(10)}, 9, ErrFormat},
+		{"a chunk over the end", [][]byte{chunkBytes(0, 9), end(5)}, 0, ErrFormat},
+		{"a chunk behind the end", [][]byte{join(chunkBytes(0, 9), end(9)), chunkBytes(10, 1)}, 9, ErrFormat},
 		{"an end inside the carrier's bytes", [][]byte{join(chunkBytes(0, 9), end(5))}, 9, ErrFormat},
 		{"no end", [][]byte{chunkBytes(0, 9)}, 9, io.ErrUnexpectedEOF},
 		{"cut in a chunk", [][]byte{chunkBytes(0, 9)[:chunkSize+4]}, 4, io.ErrUnexpectedEOF},
@@ -229,6 +230,25 @@ func TestMergeRefuses(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestMergeRefusesWhatComesTooLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMerger(context.Background())
+		inlets := []*scriptedInlet{newScriptedInlet(), newScriptedInlet()}
+		for _, in := range inlets {
+			go m.follow(in)
+			defer in.SetReadDeadline(longAgo)
+		}
+		inlets[0].arrive(chunkBytes(0, 9))
+		if n, err := m.read(context.Background(), make([]byte, 9)); n != 9 || err != nil {
+			t.Fatal(n, err)
+		}
+		inlets[1].arrive(chunkBytes(8, 9))
+		if n, err := m.read(context.Background(), make([]byte, 9)); n != 0 || !errors.Is(err, ErrFormat) {
+			t.Errorf("%d bytes, %v", n, err)
+		}
+	})
 }
 
 // Bytes beyond a gap stay in the carriers' own windows.
