@@ -21,7 +21,7 @@ build:
 demo: deps build
 	sh scripts/demo.sh
 
-test: deps build lint unit lab
+test: deps build lint lab
 
 unit:
 	$(GO) test ./...

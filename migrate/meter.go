@@ -58,12 +58,15 @@ func (sy *syncer) show(gauges []gauge, stream, wire, drain *gauge) {
 	var left, sent int64
 	for i, d := range sy.disks {
 		o := d.outbox.Stats()
+		// Blocks that the guest writes again are applied again: what is done is
+		// then all that does not wait.
+		done := min(o.Applied, d.Size-o.Pending())
 		disks[i] = Disk{Target: d.Target, Size: d.Size, Read: o.Accepted, Pending: o.Pending(), Spooled: o.PendingSpool,
-			Done: o.Applied, Sent: o.SentData, Wire: o.Wire, Rate: gauges[i].add(o.Applied, now)}
+			Done: done, Sent: o.SentData, Wire: o.Wire, Rate: gauges[i].add(o.Applied, now)}
 		if o.SpoolProblem != nil {
 			disks[i].Problem = o.SpoolProblem.Error()
 		}
-		left += max(0, d.Size-o.Applied)
+		left += d.Size - done
 		sent += o.SentData
 	}
 	sy.diskRate.Store(drain.add(sent, now))

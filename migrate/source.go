@@ -102,7 +102,11 @@ func (s *source) check(ctx context.Context) error {
 		findings = append(findings, Finding{Check: "destination", Problem: err.Error(),
 			Remedy: fmt.Sprintf("try wanmig site check %s", s.req.To), Fatal: true})
 	}
-	findings = append(findings, there...)
+	for _, f := range there { // both hosts look at the domain, and may say the same
+		if !slices.Contains(findings, f) {
+			findings = append(findings, f)
+		}
+	}
 	s.move.update(func(st *Status) { st.Findings = findings })
 	for _, f := range findings {
 		if f.Fatal {

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the lab tests: real guests, real libvirtd, network namespaces. They need root.
+# Runs every test, the lab's included: real guests, real libvirtd, network namespaces. They need root.
 # A test that is skipped, or a package without the tests it should have, fails the run.
 set -eu
 cd "$(dirname "$0")/.."
@@ -8,6 +8,7 @@ if [ "$(id -u)" != 0 ]; then
 	exit 1
 fi
 export WANLAB_CACHE="${WANLAB_CACHE:-/var/cache/wanlab}"
+export WANLAB_GUEST="$PWD/bin/wanlab-guest"
 bin/wanlab image # once, before tests wait for it
 
 log=$(mktemp)

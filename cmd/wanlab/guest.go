@@ -93,6 +93,7 @@ func loadCommand(dir *string) *cobra.Command {
 
 func verifyCommand(dir *string) *cobra.Command {
 	var site string
+	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "verify NAME",
 		Short: "Have a guest check all its memory and disks now; fails if it finds an error",
@@ -106,8 +107,10 @@ func verifyCommand(dir *string) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := printJSON(cmd.OutOrStdout(), v); err != nil {
-				return err
+			if asJSON {
+				if err := printJSON(cmd.OutOrStdout(), v); err != nil {
+					return err
+				}
 			}
 			if n := v.Bad(); n > 0 {
 				return fmt.Errorf("%s: %d of %d pages, %d of %d blocks and %d of %d files are bad",
@@ -116,21 +119,26 @@ func verifyCommand(dir *string) *cobra.Command {
 			if n := v.Report.Errors(); n > 0 {
 				return fmt.Errorf("%s: everything is well now, but there were %d errors since it booted", vm.Name, n)
 			}
+			if !asJSON {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s at %s verified %d pages of memory, %d numbered blocks and %d files: no error\n", vm.Name, at, v.Pages, v.Blocks, v.Files)
+			}
 			return nil
 		},
 	}
 	addSite(cmd, &site)
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print what was found as JSON")
 	return cmd
 }
 
 func probeCommand(dir *string) *cobra.Command {
 	var interval, duration time.Duration
+	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "probe NAME",
 		Short: "Send echoes to a guest from both data centres, and print the longest time without an answer",
 		Long: `probe sends UDP echoes from both data centres until it is interrupted, or for
---duration, and prints as JSON the longest gap between two answers: around a
-move, the downtime that a client would see.`,
+--duration, and prints the longest gap between two answers: around a move, the
+downtime that a client would see.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			l, err := lab.Open(*dir)
@@ -156,9 +164,19 @@ move, the downtime that a client would see.`,
 			if err != nil {
 				return err
 			}
-			return printJSON(cmd.OutOrStdout(), r)
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), r)
+			}
+			where := "at " + r.Longest.From
+			if r.Longest.From != r.Longest.To {
+				where = "from " + r.Longest.From + " to " + r.Longest.To
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%d echoes asked, %d answered; longest time without an answer: %d ms, %s\n",
+				r.Sent, r.Answers, r.Longest.Length.Milliseconds(), where)
+			return nil
 		},
 	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print all that was seen as JSON")
 	cmd.Flags().DurationVar(&interval, "interval", 5*time.Millisecond, "time between echoes")
 	cmd.Flags().DurationVar(&duration, "duration", 0, "stop after this time (default: when interrupted)")
 	return cmd
