@@ -28,7 +28,7 @@ type merger struct {
 
 	mu      sync.Mutex
 	heads   []*inletHead
-	base    uint64 // where the next chunk has to begin
+	base    uint64        // where the next chunk has to begin
 	arrived chan struct{} // holds a token when a head has arrived
 
 	// The reader's own.
