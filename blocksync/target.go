@@ -173,30 +173,22 @@ func (t *Target) remember(e extent) {
 
 // report tells the source now and then how far the disk is.
 func (t *Target) report(ctx context.Context, acks frameWriter) error {
-	tick := time.NewTicker(progressInterval)
-	defer tick.Stop()
-	var last int64
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-		applied := t.applied.Load()
-		if applied == last {
-			continue
-		}
-		last = applied
-		if err := acks.Send(ctx, appendProgress(nil, uint64(applied))); err != nil {
-			return err
-		}
-	}
+	return whenGrown(ctx, progressInterval, t.applied.Load, func(applied int64) error {
+		return acks.Send(ctx, appendProgress(nil, uint64(applied)))
+	})
 }
 
 // flushOften keeps little unwritten in the destination's page cache: the final
 // barrier, for which the guest waits, then has little to do.
 func (t *Target) flushOften(ctx context.Context) error {
-	tick := time.NewTicker(flushInterval)
+	written := func() int64 { return t.written.Load() + t.zeroed.Load() }
+	return whenGrown(ctx, flushInterval, written, func(int64) error { return t.dev.Flush(ctx) })
+}
+
+// whenGrown calls do with a count that has changed, at most once an interval,
+// until ctx ends.
+func whenGrown(ctx context.Context, interval time.Duration, count func() int64, do func(int64) error) error {
+	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	var last int64
 	for {
@@ -205,12 +197,12 @@ func (t *Target) flushOften(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		written := t.written.Load() + t.zeroed.Load()
-		if written == last {
+		now := count()
+		if now == last {
 			continue
 		}
-		last = written
-		if err := t.dev.Flush(ctx); err != nil && ctx.Err() == nil {
+		last = now
+		if err := do(now); err != nil && ctx.Err() == nil {
 			return err
 		}
 	}

@@ -15,6 +15,9 @@ import (
 // errUndecided is returned when the destination's decision is not known yet.
 var errUndecided = errors.New("the destination has the decision and has not told it: the guest stays paused here until it does")
 
+// errStopped is returned when the guest shut down or ended by itself.
+var errStopped = errors.New("the guest itself has stopped at the source")
+
 // Recover finishes or rolls back every move that the journal does not know the
 // end of. It returns at once; what needs the peer or libvirt goes on beside.
 func (e *Engine) Recover(ctx context.Context) error {
@@ -28,7 +31,8 @@ func (e *Engine) Recover(ctx context.Context) error {
 		}
 		m := newMove(statusOf(entry), func(error) {})
 		if err := e.claim(entry.UUID, m); err != nil {
-			return err
+			e.Log.Error("move not recovered", "move", entry.Move, "error", err)
+			continue
 		}
 		e.work.Go(func() {
 			defer close(m.done)
@@ -42,19 +46,10 @@ func (e *Engine) Recover(ctx context.Context) error {
 func (e *Engine) recoverMove(ctx context.Context, m *Move, entry handoff.Entry) {
 	log := e.Log.With("move", entry.Move, "vm", entry.VM, "state", entry.State)
 	log.Info("recovering a move that was not over when the agent ended")
-	var err error
-	final := entry.State
-	switch entry.State {
-	case handoff.Owner:
-		// Never offered, so it is ours.
-		final, err = handoff.Returned, e.revive(ctx, entry)
-	case handoff.Offered:
-		final, err = e.recoverOffered(ctx, m, entry)
-	case handoff.Receiver:
-		// Never accepted, so it is the source's.
-		final, err = handoff.Aborted, e.discardLeft(ctx, entry)
-	case handoff.Accepted:
-		final, err = e.recoverAccepted(ctx, entry)
+	event, err := e.finishMove(ctx, m, entry)
+	var final handoff.State
+	if err == nil {
+		final, _, err = handoff.Step(entry.State, event)
 	}
 	if err != nil {
 		log.Error("move not recovered", "error", err)
@@ -81,6 +76,31 @@ func (e *Engine) recoverMove(ctx context.Context, m *Move, entry handoff.Entry) 
 	log.Info("move recovered", "result", final)
 }
 
+// finishMove carries out what the journal's state asks for, and tells the event
+// that ends the move.
+func (e *Engine) finishMove(ctx context.Context, m *Move, entry handoff.Entry) (handoff.Event, error) {
+	switch entry.State {
+	case handoff.Owner: // never offered, so it is ours
+		err := e.revive(ctx, entry)
+		if errors.Is(err, errStopped) {
+			err = nil // by itself, and it is still ours
+		}
+		return handoff.Failed, err
+	case handoff.Offered:
+		a, err := e.ask(ctx, m, entry)
+		switch {
+		case err != nil:
+			return 0, err
+		case a.kind == kindAborted:
+			return handoff.AnswerAborted, e.revive(ctx, entry)
+		}
+		return handoff.AnswerRunning, e.clear(ctx, entry)
+	case handoff.Receiver: // never accepted, so it is the source's
+		return handoff.Broken, e.discardLeft(ctx, entry)
+	}
+	return handoff.Resumed, e.findAccepted(ctx, entry)
+}
+
 // removeSockets removes what an agent that was killed left for QEMU to connect to.
 func (e *Engine) removeSockets(ctx context.Context, entry handoff.Entry) {
 	for _, name := range []func(context.Context, string, string) (string, string, error){e.Host.SourceSockets, e.Host.DestinationSockets} {
@@ -90,29 +110,17 @@ func (e *Engine) removeSockets(ctx context.Context, entry handoff.Entry) {
 	}
 }
 
-// recoverOffered asks for the decision and acts on it.
-func (e *Engine) recoverOffered(ctx context.Context, m *Move, entry handoff.Entry) (handoff.State, error) {
-	a, err := e.ask(ctx, m, entry)
-	if err != nil {
-		return entry.State, err
-	}
-	if a.kind == kindAborted {
-		return handoff.Returned, e.revive(ctx, entry)
-	}
-	return handoff.Released, e.clear(ctx, entry)
-}
-
-// recoverAccepted looks whether the guest that was accepted runs. One that does
+// findAccepted looks whether the guest that was accepted runs. One that does
 // not may have run and stopped since: then only a person can say whose disks count.
-func (e *Engine) recoverAccepted(ctx context.Context, entry handoff.Entry) (handoff.State, error) {
+func (e *Engine) findAccepted(ctx context.Context, entry handoff.Entry) error {
 	state, err := e.Host.State(ctx, entry.UUID)
 	switch {
 	case err == nil && state == hypervisor.Running:
-		return handoff.Running, nil
+		return nil
 	case err != nil && !errors.Is(err, hypervisor.ErrNoDomain):
-		return entry.State, err
+		return err
 	}
-	return entry.State, fmt.Errorf("guest %q was accepted here and does not run: if it ran here, start it here with virsh start; if it surely did not, resume it at %s with virsh resume %q",
+	return fmt.Errorf("guest %q was accepted here and does not run: if it ran here, start it here with virsh start; if it surely did not, resume it at %s with virsh resume %q",
 		entry.VM, entry.Site, entry.VM)
 }
 
@@ -184,7 +192,7 @@ func (e *Engine) revive(ctx context.Context, entry handoff.Entry) error {
 	const patience = 60 * time.Second // libvirtd may be starting
 	for begun := time.Now(); ; {
 		err := e.reviveOnce(ctx, entry)
-		if err == nil || ctx.Err() != nil || time.Since(begun) > patience {
+		if err == nil || errors.Is(err, errStopped) || ctx.Err() != nil || time.Since(begun) > patience {
 			return err
 		}
 		select {
@@ -196,6 +204,9 @@ func (e *Engine) revive(ctx context.Context, entry handoff.Entry) error {
 
 func (e *Engine) reviveOnce(ctx context.Context, entry handoff.Entry) error {
 	state, err := e.Host.State(ctx, entry.UUID)
+	if errors.Is(err, hypervisor.ErrNoDomain) || err == nil && !state.Active() {
+		return fmt.Errorf("%w: %q", errStopped, entry.VM)
+	}
 	if err != nil {
 		return err
 	}
@@ -212,7 +223,7 @@ func (e *Engine) reviveOnce(ctx context.Context, entry handoff.Entry) error {
 	case state == hypervisor.Paused:
 		return e.Host.Resume(ctx, entry.UUID)
 	}
-	return fmt.Errorf("guest %q is %s: start it with virsh start", entry.VM, state)
+	return fmt.Errorf("guest %q is %s: look at it with virsh list", entry.VM, state)
 }
 
 // clear removes a guest that runs at the destination from its source.

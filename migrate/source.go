@@ -30,6 +30,7 @@ type source struct {
 	aborted   bool        // the destination has said that it cleaned up
 	plan      plan
 	out       *hypervisor.Outgoing
+	cookie    []byte // libvirt's, of Perform
 	downtime  Downtime
 }
 
@@ -196,17 +197,17 @@ func (s *source) transfer(ctx context.Context) error {
 	s.move.phase(PhasePrepare)
 	ready, err := s.prepare(ctx)
 	if err != nil {
-		return s.returned(err)
+		return s.step(handoff.Failed, err)
 	}
 	s.move.phase(PhaseSync)
 	sy, err := s.startSync(ctx, ready.Cookie)
 	if err != nil {
-		return s.returned(err)
+		return s.step(handoff.Failed, err)
 	}
 	defer sy.stop()
 	cookie, err := sy.tail()
 	if err != nil {
-		return s.returned(err)
+		return s.step(handoff.Failed, err)
 	}
 	return s.handOff(ctx, sy, cookie)
 }
@@ -285,24 +286,20 @@ func (s *source) listen() {
 // handOff gives the decision away, learns it and acts on it.
 func (s *source) handOff(ctx context.Context, sy *syncer, cookie []byte) error {
 	if !s.move.decide(ctx) {
-		return s.returned(context.Cause(ctx))
+		return s.step(handoff.Failed, context.Cause(ctx))
 	}
-	if err := s.record(&s.entry, handoff.Offered, s.move); err != nil {
+	s.cookie = cookie
+	if err := s.step(handoff.Ready, nil); err != nil {
 		// Not durable, so not offered: the guest is still ours.
-		return s.returned(fmt.Errorf("%w: free some space in the state folder and try again", err))
+		return s.step(handoff.Failed, fmt.Errorf("%w: free some space in the state folder and try again", err))
 	}
-	// From here on a cancelled context must not end the waiting: only the
-	// destination knows.
 	offered := time.Now()
-	if err := s.ctl.send(context.WithoutCancel(ctx), kindOffer, offer{Cookie: cookie}); err != nil {
-		s.log.Warn("the offer may not have arrived, asking", "error", err)
-	}
 	decision, err := s.learn(ctx)
 	if err != nil {
 		return err
 	}
 	if decision.kind == kindAborted {
-		return s.returned(s.gaveUp(decision))
+		return s.step(handoff.AnswerAborted, s.gaveUp(decision))
 	}
 	var r running
 	if decision.body != nil {
@@ -311,7 +308,57 @@ func (s *source) handOff(ctx context.Context, sy *syncer, cookie []byte) error {
 		}
 	}
 	s.measure(sy, offered, r)
-	return s.released(ctx)
+	return s.step(handoff.AnswerRunning, nil)
+}
+
+// step applies an event of the handoff and carries its actions out. It returns
+// what the operator reads: why the guest is not at the destination, or what is
+// left to do here. A cancelled move does not cancel them: only the destination
+// knows, from the offer on.
+func (s *source) step(ev handoff.Event, cause error) error {
+	next, actions, err := handoff.Step(s.entry.State, ev)
+	if err != nil {
+		return errors.Join(cause, err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	for _, a := range actions {
+		switch a {
+		case handoff.Record:
+			if err := s.recordState(next, cause); err != nil {
+				return err
+			}
+		case handoff.SendOffer:
+			if err := s.ctl.send(ctx, kindOffer, offer{Cookie: s.cookie}); err != nil {
+				s.log.Warn("the offer may not have arrived, asking", "error", err)
+			}
+		case handoff.Resume:
+			cause = s.resume(ctx, cause)
+		case handoff.Release:
+			cause = s.releaseGuest(ctx)
+		}
+	}
+	return cause
+}
+
+// recordState makes a state durable. That of a final state may fail: the next
+// start of the agent finds the move and ends it again, which does no harm.
+func (s *source) recordState(next handoff.State, cause error) error {
+	before := s.entry.State
+	if next.Final() {
+		s.entry.State = next
+		s.summarise(cause)
+	}
+	err := s.record(&s.entry, next, s.move)
+	if err == nil {
+		return nil
+	}
+	if !next.Final() {
+		s.entry.State = before
+		return err
+	}
+	s.log.Error("the move's end is not in the journal", "error", err)
+	return nil
 }
 
 // learn waits for the decision, and asks for it when the session is gone. It
@@ -327,14 +374,12 @@ func (s *source) learn(ctx context.Context) (answer, error) {
 	return s.ask(ctx, s.move, s.entry)
 }
 
-// returned ends a move whose guest stays here.
-func (s *source) returned(cause error) error {
+// resume lets the guest run here again, and gives the cause as an operator reads it.
+func (s *source) resume(ctx context.Context, cause error) error {
 	if errors.Is(cause, ErrCancelled) {
 		cause = ErrCancelled // whatever part it interrupted
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
-	defer cancel()
-	if s.entry.State != handoff.Offered && !s.aborted {
+	if s.entry.State == handoff.Owner && !s.aborted {
 		_ = s.ctl.send(ctx, kindCancel, reason{cause.Error()}) // the session's end says the same
 	}
 	if s.out != nil {
@@ -343,12 +388,13 @@ func (s *source) returned(cause error) error {
 		}
 		s.out.Close()
 	}
-	if err := s.revive(ctx, s.entry); err != nil {
-		s.log.Error("guest not running at the source", "error", err)
+	switch err := s.revive(ctx, s.entry); {
+	case errors.Is(err, errStopped):
+		cause = fmt.Errorf("%w: %w", err, cause)
+	case err != nil:
 		cause = fmt.Errorf("%w; and the guest is not running here: %w: try virsh resume %q", cause, err, s.dom.Name)
 	}
 	s.awaitAborted()
-	s.journalEnd(handoff.Returned, cause)
 	return cause
 }
 
@@ -372,28 +418,14 @@ func (s *source) awaitAborted() {
 	}
 }
 
-// released ends a move whose guest runs at the destination.
-func (s *source) released(ctx context.Context) error {
+// releaseGuest removes the guest here: it runs at the destination.
+func (s *source) releaseGuest(ctx context.Context) error {
 	s.move.phase(PhaseSettle)
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
-	defer cancel()
 	if err := s.out.Confirm(ctx, nil, false); err != nil {
 		s.log.Warn("libvirt's Confirm, clearing the source by hand", "error", err)
 	}
 	s.out.Close()
-	err := s.clear(ctx, s.entry)
-	s.journalEnd(handoff.Released, err)
-	return err
-}
-
-// journalEnd writes the final state. Its failure leaves the move to be found
-// and ended again by the next start of the agent, which does no harm.
-func (s *source) journalEnd(state handoff.State, outcome error) {
-	s.entry.State = state
-	s.summarise(outcome)
-	if err := s.record(&s.entry, state, s.move); err != nil {
-		s.log.Error("the move's end is not in the journal", "error", err)
-	}
+	return s.clear(ctx, s.entry)
 }
 
 // end leaves the result in the status, where it is not yet, and logs it.
