@@ -75,6 +75,10 @@ func TestChannelUsesAllCarriers(t *testing.T) {
 		if err != nil || !bytes.Equal(got, frame) {
 			t.Fatalf("received %d bytes, %v", len(got), err)
 		}
+		// The first one is left to control frames, after a chunk that it may hold.
+		if n := way.sender.first.ConnectionStats().BytesSent - before[0]; n > 4*maxChunk {
+			t.Errorf("the first carrier took %d bytes", n)
+		}
 		for i, conn := range way.sender.carriers[1:] {
 			if n := conn.ConnectionStats().BytesSent - before[1+i]; n < maxChunk {
 				t.Errorf("carrier %d took %d bytes", 2+i, n)
@@ -173,8 +177,16 @@ func TestCarrierDeathEndsTheSession(t *testing.T) {
 	}
 }
 
-// joinable is an endpoint with a session of id's agent, and the session's token.
-func joinable(t *testing.T, id *Identity, trusted ...ID) (*Endpoint, *logBook, *Session, token) {
+// joinee is a session of an agent in the hands of the test, which can be joined.
+type joinee struct {
+	*Session
+	endpoint *Endpoint
+	book     *logBook
+	client   *quic.Conn // the other end of the first connection
+	token    token
+}
+
+func newJoinee(t *testing.T, id *Identity, trusted ...ID) joinee {
 	t.Helper()
 	b, book := listen(t, "127.0.0.1:0", testIdentity(t), only(append(trusted, id.ID())...))
 	conn, err := rawDial(t, b.Addr(), &tls.Config{NextProtos: []string{protocol}, Certificates: []tls.Certificate{id.certificate}})
@@ -189,7 +201,7 @@ func joinable(t *testing.T, id *Identity, trusted ...ID) (*Endpoint, *logBook, *
 	if err != nil || b.joinable(greeted) != s {
 		t.Fatalf("greeted with %x, %v", greeted, err)
 	}
-	return b, book, s, greeted
+	return joinee{s, b, book, conn, greeted}
 }
 
 func rawJoin(t *testing.T, e *Endpoint, id *Identity, request []byte) (*quic.Conn, *quic.SendStream) {
@@ -210,8 +222,8 @@ func rawJoin(t *testing.T, e *Endpoint, id *Identity, request []byte) (*quic.Con
 
 func TestJoinsThatAreRefused(t *testing.T) {
 	idA, idC := testIdentity(t), testIdentity(t)
-	e, book, s, right := joinable(t, idA, idC.ID())
-	wrong := right
+	s := newJoinee(t, idA, idC.ID())
+	wrong := s.token
 	wrong[7] ^= 1
 	for _, test := range []struct {
 		name    string
@@ -221,23 +233,23 @@ func TestJoinsThatAreRefused(t *testing.T) {
 	}{
 		{"wrong token", idA, wrong.append(nil), "no such session"},
 		{"no token", idA, token{}.append(nil), "no such session"},
-		{"another agent that is trusted", idC, right.append(nil), "no such session"},
-		{"version 0", idA, append([]byte{0}, right[:]...), "malformed"},
-		{"short", idA, right.append(nil)[:9], "malformed"},
-		{"long", idA, append(right.append(nil), make([]byte, maxGreeting)...), "malformed"},
+		{"another agent that is trusted", idC, s.token.append(nil), "no such session"},
+		{"version 0", idA, append([]byte{0}, s.token[:]...), "malformed"},
+		{"short", idA, s.token.append(nil)[:9], "malformed"},
+		{"long", idA, append(s.token.append(nil), make([]byte, maxGreeting)...), "malformed"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			conn, stream := rawJoin(t, e, test.id, test.request)
+			conn, stream := rawJoin(t, s.endpoint, test.id, test.request)
 			stream.Close()
 			awaitEnd(t, conn)
 			var closed *quic.ApplicationError
 			if err := context.Cause(conn.Context()); !errors.As(err, &closed) || !strings.Contains(err.Error(), "not joined") {
 				t.Errorf("the joiner is told %v", err)
 			}
-			book.await(t, "refused a carrier", "peer="+string(test.id.ID()), test.want)
+			s.book.await(t, "refused a carrier", "peer="+string(test.id.ID()), test.want)
 		})
 	}
-	if n := e.handshakes.Load(); n != 0 {
+	if n := s.endpoint.handshakes.Load(); n != 0 {
 		t.Errorf("%d handshakes are still counted", n)
 	}
 	if s.Err() != nil || len(s.carriers) != 1 {
@@ -247,16 +259,16 @@ func TestJoinsThatAreRefused(t *testing.T) {
 
 func TestJoinersBeyondTheLimit(t *testing.T) {
 	id := testIdentity(t)
-	e, book, s, right := joinable(t, id)
+	s := newJoinee(t, id)
 	for n := 2; n <= Carriers; n++ {
-		_, stream := rawJoin(t, e, id, right.append(nil))
+		_, stream := rawJoin(t, s.endpoint, id, s.token.append(nil))
 		stream.Close()
-		awaitCarriers(t, s, n)
+		awaitCarriers(t, s.Session, n)
 	}
-	conn, stream := rawJoin(t, e, id, right.append(nil))
+	conn, stream := rawJoin(t, s.endpoint, id, s.token.append(nil))
 	stream.Close()
 	awaitEnd(t, conn)
-	book.await(t, "refused a carrier", "all its carriers")
+	s.book.await(t, "refused a carrier", "all its carriers")
 	if s.Err() != nil {
 		t.Error(s.Err())
 	}
@@ -264,13 +276,13 @@ func TestJoinersBeyondTheLimit(t *testing.T) {
 
 func TestJoinerThatGivesUp(t *testing.T) {
 	id := testIdentity(t)
-	e, book, s, right := joinable(t, id)
-	conn, _ := rawJoin(t, e, id, right.append(nil))
-	if got, err := awaitGreeting(testContext(t), conn); err != nil || got != right {
+	s := newJoinee(t, id)
+	conn, _ := rawJoin(t, s.endpoint, id, s.token.append(nil))
+	if got, err := awaitGreeting(testContext(t), conn); err != nil || got != s.token {
 		t.Fatalf("greeted with %x, %v", got, err)
 	}
 	conn.CloseWithError(0, "changed its mind")
-	book.await(t, "handshake ended", "changed its mind")
+	s.book.await(t, "handshake ended", "changed its mind")
 	if s.Err() != nil || len(s.carriers) != 1 {
 		t.Errorf("the session has %d carriers, %v", len(s.carriers), s.Err())
 	}
@@ -287,10 +299,10 @@ func TestJunkOnACarrierEndsTheSession(t *testing.T) {
 	for name, b := range junk {
 		t.Run(name, func(t *testing.T) {
 			id := testIdentity(t)
-			e, _, s, right := joinable(t, id)
-			conn, stream := rawJoin(t, e, id, right.append(nil))
+			s := newJoinee(t, id)
+			conn, stream := rawJoin(t, s.endpoint, id, s.token.append(nil))
 			stream.Close()
-			awaitCarriers(t, s, 2)
+			awaitCarriers(t, s.Session, 2)
 			junkStream(t, conn, b)
 			<-s.Done()
 			if err := s.Err(); !errors.Is(err, ErrClosed) || !strings.Contains(err.Error(), "malformed") {
@@ -305,26 +317,43 @@ func TestJunkOnACarrierEndsTheSession(t *testing.T) {
 	}
 }
 
+func TestStreamThatComesAfterItsChannel(t *testing.T) {
+	for _, p := range []Priority{Control, Memory} {
+		id := testIdentity(t)
+		s := newJoinee(t, id)
+		conn, request := rawJoin(t, s.endpoint, id, s.token.append(nil))
+		request.Close()
+		awaitCarriers(t, s.Session, 2)
+		channel := junkStream(t, s.client, channelHeader{"over", p}.append(nil))
+		c, err := s.Accept(testContext(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+		for n := 1; n > 0; time.Sleep(time.Millisecond) {
+			s.mu.Lock()
+			n = len(s.stripes)
+			s.mu.Unlock()
+		}
+		late := junkStream(t, conn, laneHeader{channel: channel.StreamID()}.append(nil))
+		late.SetReadDeadline(time.Now().Add(time.Minute))
+		if _, err := late.Read(make([]byte, 1)); !tooLate(err) {
+			t.Errorf("priority %d: the peer is told %v", p, err)
+		}
+		if s.Err() != nil {
+			t.Errorf("priority %d: the session ends with %v", p, s.Err())
+		}
+	}
+}
+
 func TestSecondStreamOfAChannelOnACarrier(t *testing.T) {
 	for _, early := range []bool{false, true} {
 		id := testIdentity(t)
-		b, _ := listen(t, "127.0.0.1:0", testIdentity(t), only(id.ID()))
-		first, err := rawDial(t, b.Addr(), &tls.Config{NextProtos: []string{protocol}, Certificates: []tls.Certificate{id.certificate}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		s, err := b.Accept(testContext(t))
-		if err != nil {
-			t.Fatal(err)
-		}
-		right, err := awaitGreeting(testContext(t), first)
-		if err != nil {
-			t.Fatal(err)
-		}
-		conn, stream := rawJoin(t, b, id, right.append(nil))
+		s := newJoinee(t, id)
+		conn, stream := rawJoin(t, s.endpoint, id, s.token.append(nil))
 		stream.Close()
-		awaitCarriers(t, s, 2)
-		channel := junkStream(t, first, channelHeader{"memory", Memory}.append(nil))
+		awaitCarriers(t, s.Session, 2)
+		channel := junkStream(t, s.client, channelHeader{"memory", Memory}.append(nil))
 		if !early {
 			if _, err := s.Accept(testContext(t)); err != nil {
 				t.Fatal(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"slices"
@@ -355,7 +356,7 @@ func TestSilentCarrierEndsTheSession(t *testing.T) {
 			w.drops = nil
 			return ids
 		}
-		time.Sleep(KeepAlive) // every carrier is quiet
+		time.Sleep(KeepAlive + 2*time.Second) // every carrier is quiet until its next
 		first := seen(func() { exchange(t, from, to) })
 		all := seen(func() {
 			if err := a.Send(context.Background(), make([]byte, 1<<20)); err != nil {
@@ -365,17 +366,19 @@ func TestSilentCarrierEndsTheSession(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		w.mu.Lock()
-		for id := range all {
-			if !first[id] {
-				w.drops = func(packet []byte) bool {
-					got, ok := shortID(packet)
-					return ok && got == id
-				}
-				break
-			}
+		maps.DeleteFunc(all, func(id [4]byte, _ bool) bool { return first[id] })
+		if len(all) < Carriers-1 {
+			t.Fatalf("%d connection IDs of other carriers", len(all))
 		}
-		w.mu.Unlock()
+		for id := range all {
+			w.mu.Lock()
+			w.drops = func(packet []byte) bool {
+				got, ok := shortID(packet)
+				return ok && got == id
+			}
+			w.mu.Unlock()
+			break
+		}
 		began := time.Now()
 		_, err := b.Recv(context.Background(), nil)
 		if !errors.Is(err, ErrLost) {
