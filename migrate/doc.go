@@ -7,7 +7,7 @@
 // it. Who owns the guest at any moment is decided by package handoff alone:
 // this package carries out its actions.
 //
-//	source.go       the move as its source sees it
+//	source.go       the move as its source sees it; result.go is how it ended
 //	sync.go         the source's mirror, memory stream and libvirt's Perform, run concurrently
 //	destination.go  a session with a peer, as its destination sees it
 //	incoming.go     the guest that arrives: disks, memory, acceptance

@@ -267,3 +267,14 @@ func (e *Engine) discardLeft(ctx context.Context, entry handoff.Entry) error {
 	}
 	return e.removeDisks(ctx, entry.Created)
 }
+
+// removeDisks removes disks that no domain uses any more.
+func (e *Engine) removeDisks(ctx context.Context, paths []string) error {
+	var errs []error
+	for _, p := range paths {
+		if err := e.Host.RemoveDisk(ctx, p); err != nil {
+			errs = append(errs, fmt.Errorf("%w: remove it by hand", err))
+		}
+	}
+	return errors.Join(errs...)
+}
