@@ -19,7 +19,7 @@ import (
 // gives each of them seconds.
 func inPrepare(s migrate.Status) bool { return s.Phase == migrate.PhasePrepare }
 func inDisks(s migrate.Status) bool {
-	return s.Phase == migrate.PhaseSync && len(s.Disks) > 0 && s.Disks[0].Done > 0 && s.Memory.Stream == 0
+	return s.Phase == migrate.PhaseSync && len(s.Disks) > 0 && s.Disks[0].Sent > 0 && s.Disks[0].Pending > 0
 }
 func inMemory(s migrate.Status) bool {
 	return s.Phase == migrate.PhaseSync && s.Memory.Stream > 1<<20
