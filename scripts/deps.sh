@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-packages="qemu-system-x86 qemu-utils libvirt-daemon libvirt-clients busybox-static libnbd-bin ovmf iproute2 e2fsprogs cpio kmod git ca-certificates"
+packages="qemu-system-x86 qemu-utils libvirt-daemon libvirt-clients busybox-static libnbd-bin ovmf iproute2 e2fsprogs util-linux mount procps iputils-ping git ca-certificates"
 missing=""
 for p in $packages; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $p"
@@ -17,6 +17,11 @@ if [ -n "$missing" ]; then
 	apt-get update -q >/dev/null
 	# libvirt-daemon has no service of its own (that is libvirt-daemon-system): nothing is started.
 	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $missing >/dev/null
+fi
+
+# The lab's guest boots a kernel that is downloaded, not installed: apt has to know of it.
+if [ "$(id -u)" = 0 ] && ! apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1; then
+	apt-get update -q >/dev/null
 fi
 
 # Any Go from 1.21 on fetches the toolchain that go.mod names.
