@@ -29,6 +29,7 @@ sleep 2
 kill -INT "$probe"
 wait "$probe" || true
 cat "$WANLAB_DIR.probe"
+# QEMU's TCG stands still at the source when it first looks which pages are dirty; a KVM guest does not.
 rm -f "$WANLAB_DIR.probe"
 
 step "Where is it, and what does it say of its memory and disks?"

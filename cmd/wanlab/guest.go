@@ -167,12 +167,14 @@ downtime that a client would see.`,
 			if asJSON {
 				return printJSON(cmd.OutOrStdout(), r)
 			}
-			where := "at " + r.Longest.From
-			if r.Longest.From != r.Longest.To {
-				where = "from " + r.Longest.From + " to " + r.Longest.To
+			out := cmd.OutOrStdout()
+			fmt.Fprintf(out, "%d of %d echoes answered; longest time without an answer:\n", r.Answers, r.Sent)
+			for _, s := range r.Switches {
+				fmt.Fprintf(out, "  %4d ms between %s and %s\n", s.Length.Milliseconds(), s.From, s.To)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%d echoes asked, %d answered; longest time without an answer: %d ms, %s\n",
-				r.Sent, r.Answers, r.Longest.Length.Milliseconds(), where)
+			if r.Longest.From == r.Longest.To {
+				fmt.Fprintf(out, "  %4d ms at %s\n", r.Longest.Length.Milliseconds(), r.Longest.From)
+			}
 			return nil
 		},
 	}
