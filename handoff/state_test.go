@@ -230,6 +230,9 @@ func TestSimulatorCatchesABrokenRule(t *testing.T) {
 		"the destination records its acceptance before the guest runs": func(side string, w world, a Action) bool {
 			return side == "dst" && a == Record && w.dst == Accepted
 		},
+		"the destination records that it aborts before it says so": func(side string, w world, a Action) bool {
+			return side == "dst" && a == Record && w.dst == Aborted
+		},
 	}
 	for name, broken := range rules {
 		if s := explore(3, broken); s.fault == nil {

@@ -128,6 +128,7 @@ func TestLinkRate(t *testing.T) {
 
 	// UDP, half as much again as the link takes: the wire is full.
 	p := newProbe(t, l)
+	var c LinkCounters // of the last try
 	fills(t, "UDP", rate, func() float64 {
 		if err := l.ResetCounters(t.Context()); err != nil {
 			t.Fatal(err)
@@ -143,12 +144,12 @@ func TestLinkRate(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 		elapsed := time.Since(start)
-		c := counters(t, l, LocalDC)
-		if c.Lost != 0 || c.Dropped == 0 {
-			t.Errorf("counters %+v: want some dropped and none lost", c)
-		}
+		c = counters(t, l, LocalDC)
 		return float64(c.Bytes) * 8 / elapsed.Seconds()
 	})
+	if share := float64(c.Dropped) / float64(c.Packets+c.Dropped); c.Lost != 0 || share < 0.2 || share > 0.4 {
+		t.Errorf("counters %+v: want a third dropped and none lost", c)
+	}
 
 	// TCP, by what its receiver gets once it is up to speed.
 	var server net.Listener

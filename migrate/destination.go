@@ -142,7 +142,7 @@ func (e *Engine) receive(ctx context.Context, session *tunnel.Session, ctl *cont
 		return err
 	}
 	defer e.release(ask.UUID, m)
-	in := &incoming{Engine: e, move: m, ask: ask, session: session, ctl: ctl, events: make(chan inEvent), durable: make(chan struct{}),
+	in := &incoming{Engine: e, move: m, ask: ask, session: session, ctl: ctl, events: make(chan inEvent), durable: make(chan struct{}), answered: kindUndecided,
 		log: e.Log.With("move", ask.Move, "vm", ask.Name, "from", e.Known(session.Peer())),
 		entry: handoff.Entry{Move: ask.Move, VM: ask.Name, UUID: ask.UUID, Site: e.Known(session.Peer()),
 			Peer: string(session.Peer()), Started: m.Status().Started, Persistent: ask.Persist}}

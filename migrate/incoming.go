@@ -43,7 +43,7 @@ type incoming struct {
 
 	offeredAt, durableAt, loadedAt time.Time
 	cookie                         []byte
-	answered                       byte // the decision sent last
+	answered                       byte // the decision as last told
 }
 
 // inEvent is what a part of an incoming guest tells run.
@@ -67,7 +67,7 @@ func (in *incoming) run(ctx context.Context) {
 		in.move.phase(PhaseSync)
 		in.log.Info("incoming guest prepared", "disks", len(in.ask.Disks))
 	} else {
-		in.step(handoff.Broken, err)
+		in.step(ctx, handoff.Broken, err)
 	}
 	loaded, durable := false, false
 	for !in.entry.State.Final() {
@@ -81,18 +81,18 @@ func (in *incoming) run(ctx context.Context) {
 			case ev.durable:
 				durable, in.durableAt = true, ev.at
 			case ev.event == handoff.Asked:
-				in.step(handoff.Asked, errors.New("the source lost the session and asked for the decision"))
+				in.step(ctx, handoff.Asked, errors.New("the source lost the session and asked for the decision"))
 				ev.reply <- in.answered
 			default:
-				in.step(ev.event, ev.err)
+				in.step(ctx, ev.event, ev.err)
 			}
 			if loaded && durable && in.cookie != nil && in.entry.State == handoff.Receiver {
 				in.accept(ctx)
 			}
 		case <-ctx.Done():
-			in.step(handoff.Broken, context.Cause(ctx))
+			in.step(ctx, handoff.Broken, context.Cause(ctx))
 		case <-in.session.Done():
-			in.step(handoff.Broken, fmt.Errorf("session to the source: %w", in.session.Err()))
+			in.step(ctx, handoff.Broken, fmt.Errorf("session to the source: %w", in.session.Err()))
 		}
 	}
 	stopParts()
@@ -122,20 +122,23 @@ func (in *incoming) drainEvents() {
 }
 
 // step applies an event and carries its actions out.
-func (in *incoming) step(ev handoff.Event, cause error) {
-	next, actions, err := handoff.Step(in.entry.State, ev)
+func (in *incoming) step(ctx context.Context, ev handoff.Event, cause error) {
+	before := in.entry.State
+	next, actions, err := handoff.Step(before, ev)
 	if err != nil {
 		in.log.Debug("event ignored", "error", err)
 		return
 	}
-	if next != in.entry.State {
-		in.log.Info("handoff", "from", in.entry.State, "event", ev, "to", next, "cause", cause)
+	if next != before {
+		in.log.Info("handoff", "from", before, "event", ev, "to", next, "cause", cause)
 	}
 	in.entry.State = next
 	for _, a := range actions {
 		switch a {
 		case handoff.Record:
-			in.recordState(cause)
+			if !in.recordState(ctx, before, cause) {
+				return
+			}
 		case handoff.Discard:
 			in.discard()
 		case handoff.ReplyAborted:
@@ -148,9 +151,11 @@ func (in *incoming) step(ev handoff.Event, cause error) {
 	}
 }
 
-// recordState makes the state durable. For Aborted a failure does no harm: an
-// agent that finds Receiver in its journal aborts as well.
-func (in *incoming) recordState(cause error) {
+// recordState makes the state durable, and reports whether the next action may
+// follow. Without its record an abort of what was accepted is not told to the
+// source: an agent that then found Accepted would count the guest as its own.
+// Any other final state may lack its record: the journal's leads to it again.
+func (in *incoming) recordState(ctx context.Context, before handoff.State, cause error) bool {
 	in.move.update(func(st *Status) {
 		switch in.entry.State {
 		case handoff.Aborted:
@@ -162,8 +167,20 @@ func (in *incoming) recordState(cause error) {
 			st.Result = &Result{Result: "done", Move: st.Move, VM: st.VM, To: in.Site, TotalMS: time.Since(st.Started).Milliseconds()}
 		}
 	})
-	if err := in.record(&in.entry, in.entry.State, in.move); err != nil {
-		in.log.Error("handoff state not in the journal", "state", in.entry.State, "error", err)
+	for {
+		err := in.record(&in.entry, in.entry.State, in.move)
+		if err == nil {
+			return true
+		}
+		in.log.Error("handoff state not in the journal: free some space in the state folder", "state", in.entry.State, "error", err)
+		if before != handoff.Accepted || in.entry.State != handoff.Aborted {
+			return true
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return false
+		}
 	}
 }
 
@@ -412,7 +429,7 @@ func (in *incoming) accept(ctx context.Context) {
 	}
 	if err != nil {
 		in.entry.State = handoff.Receiver
-		in.step(handoff.Broken, fmt.Errorf("acceptance is not durable: %w", err))
+		in.step(ctx, handoff.Broken, fmt.Errorf("acceptance is not durable: %w", err))
 		return
 	}
 	journaled := time.Now()
@@ -422,12 +439,12 @@ func (in *incoming) accept(ctx context.Context) {
 		if ran, why := in.couldHaveRun(finishCtx, err); ran {
 			in.log.Error("libvirt's Finish", "error", err, "outcome", why)
 		} else {
-			in.step(handoff.FinishWrong, fmt.Errorf("libvirt could not finish: %w", err))
+			in.step(ctx, handoff.FinishWrong, fmt.Errorf("libvirt could not finish: %w", err))
 			return
 		}
 	}
 	resumed := time.Now()
-	in.step(handoff.Resumed, nil)
+	in.step(ctx, handoff.Resumed, nil)
 	ms := func(from, to time.Time) float64 { return max(0, float64(to.Sub(from).Microseconds())/1000) }
 	drained := latest(in.durableAt, in.offeredAt)
 	loaded := latest(in.loadedAt, drained)
