@@ -21,28 +21,44 @@ import (
 // errors name the agents and the remedy; ErrUntrusted, ErrRefused,
 // ErrUnreachable, ErrVersion and ErrBusy tell them apart.
 func (e *Endpoint) Dial(ctx context.Context, addr string, peer ID) (*Session, error) {
-	peer, err := ParseID(string(peer))
+	var s *Session
+	err := e.dialHost(ctx, addr, peer, func(ctx context.Context, addr netip.AddrPort, peer ID) error {
+		var err error
+		s, err = e.openSession(ctx, addr, peer)
+		return err
+	})
 	if err != nil {
-		return nil, fmt.Errorf("dial %s: %w", addr, err)
-	}
-	addrs, err := e.resolve(ctx, addr)
-	if err != nil {
-		return nil, fmt.Errorf("dial %s: %w", addr, err)
-	}
-	s, err := e.dialFirst(ctx, addrs, peer)
-	if err != nil {
-		return nil, fmt.Errorf("dial %s: %w", addr, err)
+		return nil, err
 	}
 	return s, nil
 }
 
-// dialFirst returns a session with the first of addrs where peer answers.
-func (e *Endpoint) dialFirst(ctx context.Context, addrs []netip.AddrPort, peer ID) (*Session, error) {
+// opener makes one address's connection and what is built on it.
+type opener func(ctx context.Context, addr netip.AddrPort, peer ID) error
+
+// dialHost runs open for the addresses of a host in turn, until one succeeds.
+func (e *Endpoint) dialHost(ctx context.Context, addr string, peer ID, open opener) error {
+	peer, err := ParseID(string(peer))
+	if err != nil {
+		return fmt.Errorf("dial %s: %w", addr, err)
+	}
+	addrs, err := e.resolve(ctx, addr)
+	if err != nil {
+		return fmt.Errorf("dial %s: %w", addr, err)
+	}
+	if err := e.dialFirst(ctx, addrs, peer, open); err != nil {
+		return fmt.Errorf("dial %s: %w", addr, err)
+	}
+	return nil
+}
+
+// dialFirst succeeds with the first of addrs where peer answers.
+func (e *Endpoint) dialFirst(ctx context.Context, addrs []netip.AddrPort, peer ID, open opener) error {
 	var failed error
 	for i, a := range addrs {
-		s, err := e.dialOne(ctx, a, peer, len(addrs)-i)
+		err := e.dialOne(ctx, a, peer, len(addrs)-i, open)
 		if err == nil {
-			return s, nil
+			return nil
 		}
 		if failed == nil {
 			failed = err
@@ -53,7 +69,7 @@ func (e *Endpoint) dialFirst(ctx context.Context, addrs []netip.AddrPort, peer I
 			break
 		}
 	}
-	return nil, failed
+	return failed
 }
 
 // resolve returns the addresses of a host that this endpoint's socket can reach.
@@ -101,7 +117,7 @@ func (e *Endpoint) reaches(ip netip.Addr) bool {
 }
 
 // dialOne dials one address; several that are left share the time that ctx has.
-func (e *Endpoint) dialOne(ctx context.Context, addr netip.AddrPort, peer ID, left int) (*Session, error) {
+func (e *Endpoint) dialOne(ctx context.Context, addr netip.AddrPort, peer ID, left int, open opener) error {
 	timeout := handshakeTimeout
 	if deadline, ok := ctx.Deadline(); ok {
 		timeout = min(timeout, time.Until(deadline)/time.Duration(left))
@@ -109,17 +125,18 @@ func (e *Endpoint) dialOne(ctx context.Context, addr netip.AddrPort, peer ID, le
 	began := time.Now()
 	dialCtx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	s, err := e.handshake(dialCtx, addr, peer)
+	err := e.handshake(dialCtx, addr, peer, open)
 	if err != nil && ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return nil, fmt.Errorf("%s: %w", addr, context.Cause(ctx))
+		return fmt.Errorf("%s: %w", addr, context.Cause(ctx))
 	}
 	if err != nil {
-		return nil, e.explainDial(addr, peer, time.Since(began), err)
+		return e.explainDial(addr, peer, time.Since(began), err)
 	}
-	return s, nil
+	return nil
 }
 
-func (e *Endpoint) handshake(ctx context.Context, addr netip.AddrPort, peer ID) (*Session, error) {
+// handshake runs open, and ends it when the network says that nothing is there.
+func (e *Endpoint) handshake(ctx context.Context, addr netip.AddrPort, peer ID, open opener) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	var probe sync.WaitGroup
 	defer probe.Wait()
@@ -131,6 +148,14 @@ func (e *Endpoint) handshake(ctx context.Context, addr netip.AddrPort, peer ID) 
 			}
 		})
 	}
+	err := open(ctx, addr, peer)
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+func (e *Endpoint) openSession(ctx context.Context, addr netip.AddrPort, peer ID) (*Session, error) {
 	conn, err := e.dialConn(ctx, addr, peer, protocol)
 	if err != nil {
 		return nil, err
@@ -142,9 +167,6 @@ func (e *Endpoint) handshake(ctx context.Context, addr netip.AddrPort, peer ID) 
 	}
 	if err != nil {
 		conn.CloseWithError(closeReason, "not greeted")
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
 		return nil, err
 	}
 	s.run(func() { e.joinAll(s, addr, t) })

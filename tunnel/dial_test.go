@@ -106,13 +106,17 @@ func TestDialTriesAllAddresses(t *testing.T) {
 	closed.Close()
 	nobody, wrong, right := addrPort(closed.LocalAddr()), addrPort(c.Addr()), addrPort(b.Addr())
 
-	_, err = a.dialFirst(testContext(t), []netip.AddrPort{nobody, wrong}, idB.ID())
+	var s *Session
+	open := func(ctx context.Context, addr netip.AddrPort, peer ID) (err error) {
+		s, err = a.openSession(ctx, addr, peer)
+		return err
+	}
+	err = a.dialFirst(testContext(t), []netip.AddrPort{nobody, wrong}, idB.ID(), open)
 	if !errors.Is(err, ErrUnreachable) || !errors.Is(err, ErrUntrusted) || strings.Contains(err.Error(), "\n") {
 		t.Errorf("error %v", err)
 	}
 	go b.Accept(testContext(t))
-	s, err := a.dialFirst(testContext(t), []netip.AddrPort{nobody, wrong, right}, idB.ID())
-	if err != nil {
+	if err := a.dialFirst(testContext(t), []netip.AddrPort{nobody, wrong, right}, idB.ID(), open); err != nil {
 		t.Fatal(err)
 	}
 	if got := addrPort(s.RemoteAddr()); got != right {

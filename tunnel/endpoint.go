@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -45,12 +47,15 @@ type Endpoint struct {
 	refusals   *rate.Limiter
 	unlogged   atomic.Int64
 	arrivals   chan *quic.Conn // dialled sessions that wait for Accept
-	accepting  sync.WaitGroup  // what fills arrivals
+	offers     chan offer      // dialled connections for packets that wait for AcceptPackets
+	deaf       chan struct{}   // closed when no dialer is heard any more
+	accepting  sync.WaitGroup  // what fills arrivals and offers
 	running    sync.WaitGroup  // everything else that the endpoint and its sessions run
 
 	mu       sync.Mutex
 	sessions map[*Session]struct{}
 	tokens   map[token]*Session // what may be joined
+	packets  map[*Packets]struct{}
 	closed   bool
 }
 
@@ -92,8 +97,11 @@ func newEndpoint(socket net.PacketConn, id *Identity, trusted func(ID) bool, log
 		socket:   socket,
 		refusals: rate.NewLimiter(rate.Every(refusalInterval), refusalBurst),
 		arrivals: make(chan *quic.Conn, maxHandshakes),
+		offers:   make(chan offer),
+		deaf:     make(chan struct{}),
 		sessions: make(map[*Session]struct{}),
 		tokens:   make(map[token]*Session),
+		packets:  make(map[*Packets]struct{}),
 	}
 	e.transport = &quic.Transport{
 		Conn:                socket,
@@ -101,7 +109,7 @@ func newEndpoint(socket net.PacketConn, id *Identity, trusted func(ID) bool, log
 		VerifySourceAddress: func(net.Addr) bool { return e.handshakes.Load() >= retryFrom },
 		ConnContext:         e.admit,
 	}
-	tlsConfig := e.tlsConfig(trusted, protocol, joinProtocol)
+	tlsConfig := e.tlsConfig(trusted, protocol, joinProtocol, packetsProtocol)
 	tlsConfig.ClientAuth = tls.RequireAnyClientCert
 	e.listener, err = e.transport.Listen(tlsConfig, quicConfig())
 	if err != nil {
@@ -207,17 +215,22 @@ func leave(conn *quic.Conn) bool {
 	return ok && a.leave()
 }
 
-// acceptConns sorts the connections of dialers into new sessions and carriers of
-// sessions, until the listener is closed.
+// acceptConns sorts the connections of dialers into new sessions, carriers of
+// sessions and connections for packets, until the listener is closed.
 func (e *Endpoint) acceptConns() {
 	for {
 		conn, err := e.listener.Accept(context.Background())
 		if err != nil {
 			close(e.arrivals)
+			close(e.deaf)
 			return
 		}
-		if conn.ConnectionState().TLS.NegotiatedProtocol == joinProtocol {
+		switch conn.ConnectionState().TLS.NegotiatedProtocol {
+		case joinProtocol:
 			e.accepting.Go(func() { e.join(conn) })
+			continue
+		case packetsProtocol:
+			e.accepting.Go(func() { e.offerPackets(conn) })
 			continue
 		}
 		select {
@@ -306,8 +319,9 @@ func (e *Endpoint) keep(conn *quic.Conn, t *token) (*Session, error) {
 // Addr returns the local address.
 func (e *Endpoint) Addr() net.Addr { return e.socket.LocalAddr() }
 
-// Close tells the peers of all sessions that the agent stops, and closes the
-// socket. It returns when everything that the endpoint ran has ended.
+// Close tells the peers of all sessions and connections for packets that the
+// agent stops, and closes the socket. It returns when everything that the endpoint
+// ran has ended.
 func (e *Endpoint) Close() error {
 	e.mu.Lock()
 	if e.closed {
@@ -315,16 +329,17 @@ func (e *Endpoint) Close() error {
 		return nil
 	}
 	e.closed = true
-	open := make([]*Session, 0, len(e.sessions))
-	for s := range e.sessions {
-		open = append(open, s)
-	}
+	open := slices.Collect(maps.Keys(e.sessions))
+	packets := slices.Collect(maps.Keys(e.packets))
 	e.mu.Unlock()
 
 	const reason = "the agent is stopping"
 	err := e.listener.Close()
 	for _, s := range open {
 		s.Close(reason)
+	}
+	for _, p := range packets {
+		p.Close(reason)
 	}
 	for conn := range e.arrivals { // dialers that nobody has accepted
 		leave(conn)

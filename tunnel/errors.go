@@ -24,10 +24,11 @@ var (
 	// moment.
 	ErrBusy = errors.New("the agent takes no new sessions now")
 
-	// ErrClosed is returned when this side has closed the endpoint, session or
-	// channel.
+	// ErrClosed is returned when this side has closed the endpoint, session,
+	// channel or connection for packets.
 	ErrClosed = errors.New("closed")
-	// ErrClosedByPeer is returned when the peer has closed the session.
+	// ErrClosedByPeer is returned when the peer has closed the session
+	// or the connection for packets.
 	ErrClosedByPeer = errors.New("closed by peer")
 	// ErrLost is returned when the peer fell silent for IdleTimeout, no longer
 	// knows the session, or when one of its connections failed.
@@ -37,8 +38,10 @@ var (
 	// ErrFrameTooLarge is returned by Send for a frame above MaxFrame, and by
 	// Recv when the peer announces one.
 	ErrFrameTooLarge = errors.New("frame too large")
+	// ErrTooLarge is returned by Send for a packet that does not fit the path.
+	ErrTooLarge = errors.New("packet too large")
 	// ErrFormat is returned when the peer breaks the format of a header, of a
-	// channel or of a chunk.
+	// channel, of a chunk or of a request.
 	ErrFormat = errors.New("malformed header")
 )
 

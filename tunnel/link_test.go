@@ -88,32 +88,39 @@ func (w *wan) close() {
 	w.ended.Wait()
 }
 
+// wanEndpoints returns two agents at the ends of w, until the test is over.
+func wanEndpoints(t *testing.T, w *wan, idA, idB *Identity) (a, b *Endpoint) {
+	t.Helper()
+	w.ports = make(map[string]*wanPort)
+	w.dice = rand.New(rand.NewPCG(1, 2))
+	t.Cleanup(w.close)
+	ends := make([]*Endpoint, 2)
+	for i, id := range []*Identity{idA, idB} {
+		addr := &net.UDPAddr{IP: net.IPv4(192, 0, 2, byte(1+i)).To4(), Port: 4000}
+		e, err := newEndpoint(simnet.NewBlockingSimConn(addr, w), id, only(idA.ID(), idB.ID()), (&logBook{}).logger())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { e.Close() })
+		ends[i] = e
+	}
+	return ends[0], ends[1]
+}
+
 // overWAN runs test in virtual time with the two ends of a session over w.
 func overWAN(t *testing.T, w *wan, test func(t *testing.T, from, to *Session)) {
 	idA, idB := testIdentity(t), testIdentity(t)
 	synctest.Test(t, func(t *testing.T) {
-		w.ports = make(map[string]*wanPort)
-		w.dice = rand.New(rand.NewPCG(1, 2))
-		defer w.close()
-		ends := make([]*Endpoint, 2)
-		for i, id := range []*Identity{idA, idB} {
-			addr := &net.UDPAddr{IP: net.IPv4(192, 0, 2, byte(1+i)).To4(), Port: 4000}
-			e, err := newEndpoint(simnet.NewBlockingSimConn(addr, w), id, only(idA.ID(), idB.ID()), (&logBook{}).logger())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer e.Close()
-			ends[i] = e
-		}
+		a, b := wanEndpoints(t, w, idA, idB)
 		accepted := make(chan *Session)
 		go func() {
-			s, err := ends[1].Accept(context.Background())
+			s, err := b.Accept(context.Background())
 			if err != nil {
 				t.Error(err)
 			}
 			accepted <- s
 		}()
-		from, err := ends[0].Dial(context.Background(), "192.0.2.2:4000", idB.ID())
+		from, err := a.Dial(context.Background(), "192.0.2.2:4000", idB.ID())
 		to := <-accepted
 		if err != nil || to == nil {
 			t.Fatal(err)

@@ -42,6 +42,7 @@ const (
 
 func quicConfig() *quic.Config {
 	return &quic.Config{
+		EnableDatagrams:                true, // a listener cannot tell what will be dialled
 		HandshakeIdleTimeout:           handshakeSilence,
 		MaxIdleTimeout:                 IdleTimeout,
 		KeepAlivePeriod:                KeepAlive,
@@ -105,6 +106,10 @@ func (s *Session) run(f func()) {
 
 // Peer returns the peer's verified ID.
 func (s *Session) Peer() ID { return s.peer }
+
+// LocalAddr returns the address from which this host sends to the peer: of a
+// socket that is bound to all of them, the one that the kernel's routes choose.
+func (s *Session) LocalAddr() net.Addr { return localAddr(s.first) }
 
 // RemoteAddr returns the peer's address.
 func (s *Session) RemoteAddr() net.Addr { return s.first.RemoteAddr() }
@@ -313,24 +318,29 @@ func (s *Session) explain(err error) error {
 	if cause := s.Err(); cause != nil {
 		return cause
 	}
+	return explainEnd(s.RemoteAddr(), err)
+}
+
+// explainEnd says why the connection to an agent ended.
+func explainEnd(addr net.Addr, err error) error {
 	var closed *quic.ApplicationError
 	var idle *quic.IdleTimeoutError
 	var restarted *quic.StatelessResetError
 	switch {
 	case errors.As(err, &closed) && closed.Remote && closed.ErrorCode == closeLost:
-		return fmt.Errorf("%w: the agent at %s reports: %s", ErrLost, s.RemoteAddr(), printable(closed.ErrorMessage))
+		return fmt.Errorf("%w: the agent at %s reports: %s", ErrLost, addr, printable(closed.ErrorMessage))
 	case errors.As(err, &closed) && closed.Remote:
 		return fmt.Errorf("%w: %s", ErrClosedByPeer, printable(closed.ErrorMessage))
 	case errors.As(err, &closed):
 		return fmt.Errorf("%w here: %s", ErrClosed, closed.ErrorMessage)
 	case errors.As(err, &idle):
-		return fmt.Errorf("%w: no answer from %s for %v: link down or agent gone", ErrLost, s.RemoteAddr(), IdleTimeout)
+		return fmt.Errorf("%w: no answer from %s for %v: link down or agent gone", ErrLost, addr, IdleTimeout)
 	case errors.As(err, &restarted):
-		return fmt.Errorf("%w: the agent at %s was restarted", ErrLost, s.RemoteAddr())
+		return fmt.Errorf("%w: the agent at %s was restarted", ErrLost, addr)
 	case errors.Is(err, quic.ErrTransportClosed):
 		return fmt.Errorf("%w here with its endpoint", ErrClosed)
 	case errors.Is(err, net.ErrClosed): // every other end of a QUIC connection
-		return fmt.Errorf("%w: connection to %s failed: %w", ErrLost, s.RemoteAddr(), err)
+		return fmt.Errorf("%w: connection to %s failed: %w", ErrLost, addr, err)
 	}
 	return err
 }

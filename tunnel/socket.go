@@ -7,6 +7,8 @@ import (
 	"os"
 	"sync"
 	"syscall"
+
+	"github.com/quic-go/quic-go"
 )
 
 const wantedBuffer = 7 << 20 // what quic-go asks the kernel for
@@ -40,4 +42,21 @@ func reportBuffers(socket *net.UDPConn, want int, log *slog.Logger) {
 			"receive", receive, "send", send, "wanted", want,
 			"remedy", "sysctl -w net.core.rmem_max=7500000 net.core.wmem_max=7500000")
 	}
+}
+
+// localAddr returns the address from which the host sends on a connection, with
+// the port of its socket; of a socket bound to the wildcard, the one that the
+// kernel's routes choose now.
+func localAddr(conn *quic.Conn) net.Addr {
+	local, ok := conn.LocalAddr().(*net.UDPAddr)
+	if !ok || !local.IP.IsUnspecified() {
+		return conn.LocalAddr()
+	}
+	throwaway, err := net.Dial("udp", conn.RemoteAddr().String()) // sends nothing
+	if err != nil {
+		return local
+	}
+	defer throwaway.Close()
+	chosen := throwaway.LocalAddr().(*net.UDPAddr)
+	return &net.UDPAddr{IP: chosen.IP, Zone: chosen.Zone, Port: local.Port}
 }
