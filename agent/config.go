@@ -10,11 +10,13 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/docker/go-units"
 	"go.yaml.in/yaml/v3"
 
 	"github.com/wanmig/wanmig/hypervisor"
+	"github.com/wanmig/wanmig/netredirect"
 )
 
 // Where an agent keeps things when its configuration does not say.
@@ -33,6 +35,12 @@ type Config struct {
 	State   string       `yaml:"state"`   // folder: identity, sites, journal
 	Libvirt string       `yaml:"libvirt"` // libvirtd's unix socket
 	Outbox  OutboxConfig `yaml:"outbox"`
+
+	Redirect  RedirectConfig `yaml:"redirect"`
+	Addresses AddressConfig  `yaml:"addresses"`
+	DNS       *DNSConfig     `yaml:"dns"`
+	BGP       *BGPConfig     `yaml:"bgp"`
+	Hooks     HooksConfig    `yaml:"hooks"`
 }
 
 // OutboxConfig bounds what a move may keep of disk blocks that were written
@@ -62,7 +70,10 @@ var siteName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
 // unless it is the default one.
 func LoadConfig(path string) (Config, error) {
 	c := Config{Listen: DefaultListen, API: DefaultAPI, State: DefaultState, Libvirt: hypervisor.DefaultSocket,
-		Outbox: OutboxConfig{Memory: 256 << 20, Spool: 16 << 30}}
+		Outbox:    OutboxConfig{Memory: 256 << 20, Spool: 16 << 30},
+		Redirect:  RedirectConfig{Kind: netredirect.Auto, Egress: netredirect.EgressTunnel, Max: 24 * time.Hour, Quiet: time.Minute},
+		Addresses: AddressConfig{Mode: netredirect.Keep},
+		Hooks:     HooksConfig{Timeout: 10 * time.Second}}
 	b, err := os.ReadFile(path)
 	if err != nil && !(errors.Is(err, os.ErrNotExist) && path == DefaultConfig) {
 		return c, fmt.Errorf("read configuration: %w", err)
@@ -88,10 +99,19 @@ func LoadConfig(path string) (Config, error) {
 func explainYAML(err error) string {
 	s := strings.Join(strings.Fields(strings.TrimPrefix(err.Error(), "yaml: ")), " ")
 	s = strings.TrimPrefix(s, "unmarshal errors: ")
-	if strings.Contains(s, "not found in type agent.OutboxConfig") {
-		s = strings.ReplaceAll(s, "not found in type agent.OutboxConfig", "is unknown in outbox: there are memory, spool, dir")
+	for kind, keys := range map[string]string{
+		"OutboxConfig":   "in outbox: there are memory, spool, dir",
+		"RedirectConfig": "in redirect: there are kind, egress, max, quiet",
+		"AddressConfig":  "in addresses: there are mode, pool",
+		"DNSConfig":      "in dns: there are servers, key_file, zones, ttl",
+		"BGPConfig":      "in bgp: there are asn, router_id, next_hops, communities, local_pref, peers",
+		"BGPPeerConfig":  "in bgp.peers: there are address, asn, local, port, multihop, password_file, watch",
+		"HooksConfig":    "in hooks: there are before_stop, after_resume, after_settle, timeout",
+		"Config":         ": there are site, listen, api, state, libvirt, outbox, redirect, addresses, dns, bgp, hooks",
+	} {
+		s = strings.ReplaceAll(s, "not found in type agent."+kind, strings.Replace("is unknown "+keys, " :", ":", 1))
 	}
-	return strings.ReplaceAll(s, "not found in type agent.Config", "is unknown: there are site, listen, api, state, libvirt, outbox")
+	return s
 }
 
 func (c Config) check() error {
@@ -109,5 +129,5 @@ func (c Config) check() error {
 	if c.Outbox.Memory < 1<<20 {
 		return errors.New("outbox.memory: at least 1MiB is needed")
 	}
-	return nil
+	return c.checkRedirect()
 }
