@@ -19,6 +19,7 @@ const (
 	cpioFile      = 0o100000
 	cpioDirectory = 0o040000
 	cpioDevice    = 0o020000
+	cpioLink      = 0o120000
 )
 
 // directory adds a directory. Parents come first, names have no leading slash.
@@ -32,6 +33,9 @@ func (c *cpioWriter) file(name string, mode fs.FileMode, content []byte) {
 func (c *cpioWriter) device(name string, major, minor int) {
 	c.entry(name, cpioDevice|0o600, major, minor, nil)
 }
+
+// link adds a symbolic link.
+func (c *cpioWriter) link(name, to string) { c.entry(name, cpioLink|0o777, 0, 0, []byte(to)) }
 
 // close writes the end of the archive and returns the first error of all.
 func (c *cpioWriter) close() error {

@@ -26,6 +26,7 @@ type domain struct {
 	CDROM       string // image, or empty
 	CDROMTarget string
 	Disks       []domainDisk
+	GuestAgent  bool
 }
 
 type domainDisk struct {
@@ -107,6 +108,9 @@ var domainXML = template.Must(template.New("domain").Funcs(template.FuncMap{"x":
       <model type='virtio'/>
     </interface>
     <serial type='pty'><log file='{{x .Serial}}' append='on'/></serial>
+{{- if .GuestAgent}}
+    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+{{- end}}
     <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
   </devices>
 {{- if not .KVM}}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -123,8 +124,8 @@ func (im *Images) make(name string, create func(path string) error) (string, err
 	return path, nil
 }
 
-// boot returns the kernel and the initrd of a flavour.
-func (im *Images) boot(ctx context.Context, f flavour) (image, error) {
+// boot returns the kernel and the initrd of a flavour, with programs added to it.
+func (im *Images) boot(ctx context.Context, f flavour, programs ...software) (image, error) {
 	unlock, err := im.lock(ctx)
 	if err != nil {
 		return image{}, err
@@ -138,12 +139,22 @@ func (im *Images) boot(ctx context.Context, f flavour) (image, error) {
 	if err != nil {
 		return image{}, err
 	}
+	modules := slices.Clone(f.modules)
+	var files []initrdFile
+	for _, p := range programs {
+		modules = append(modules, p.modules...)
+		its, err := im.programFiles(ctx, p)
+		if err != nil {
+			return image{}, err
+		}
+		files = append(files, its...)
+	}
 	kernels, _ := filepath.Glob(filepath.Join(tree, "boot", "vmlinuz-*"))
 	if len(kernels) != 1 {
 		return image{}, fmt.Errorf("image cache: %s has %d kernels; remove it", tree, len(kernels))
 	}
 	release := strings.TrimPrefix(filepath.Base(kernels[0]), "vmlinuz-")
-	initrd, err := im.initrd(filepath.Join(tree, "lib", "modules", release), busybox, f.modules)
+	initrd, err := im.initrd(filepath.Join(tree, "lib", "modules", release), busybox, modules, files)
 	if err != nil {
 		return image{}, err
 	}
@@ -207,8 +218,8 @@ func (im *Images) unpacked(ctx context.Context, name string) (string, error) {
 }
 
 // initrd makes the guest's initial and only root file system: the guest program as init, busybox for a shell, and modules
-// numbered in the order to load them.
-func (im *Images) initrd(modules, busyboxTree string, names []string) (string, error) {
+// numbered in the order to load them; and files that were asked for.
+func (im *Images) initrd(modules, busyboxTree string, names []string, more []initrdFile) (string, error) {
 	files, err := resolveModules(modules, names)
 	if err != nil {
 		return "", err
@@ -236,6 +247,7 @@ func (im *Images) initrd(modules, busyboxTree string, names []string) (string, e
 		}
 		c.file(fmt.Sprintf("modules/%02d-%s.ko", i, moduleName(file)), 0o644, content)
 	}
+	addFiles(c, more)
 	if err := c.close(); err != nil {
 		return "", fmt.Errorf("write initrd: %w", err)
 	}

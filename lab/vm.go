@@ -36,6 +36,8 @@ type VMOptions struct {
 	Accel      string // auto, kvm or tcg; auto is kvm where a guest boots with it
 	UEFI       bool
 	CDROM      bool // attach a small read-only CD-ROM
+	SSH        bool // run dropbear, for StartSSH
+	GuestAgent bool // run qemu-guest-agent
 
 	Cache string // directory of Images
 	Guest string // the program wanlab-guest
@@ -183,7 +185,11 @@ func (v *VM) create(ctx context.Context, im *Images, site *Site, o VMOptions) er
 			kernel = fullKernel
 		}
 	}
-	boot, err := im.boot(ctx, kernel)
+	programs, err := v.programs(ctx, im, o)
+	if err != nil {
+		return err
+	}
+	boot, err := im.boot(ctx, kernel, programs...)
 	if err != nil {
 		return err
 	}
@@ -195,7 +201,7 @@ func (v *VM) create(ctx context.Context, im *Images, site *Site, o VMOptions) er
 	}
 	d := &domain{
 		Name: v.Name, UUID: v.UUID, Memory: o.Memory, VCPUs: o.VCPUs, KVM: v.Accel == "kvm", UEFI: o.UEFI,
-		MAC: v.MAC, Bridge: site.Bridge, Serial: v.SerialLog(),
+		MAC: v.MAC, Bridge: site.Bridge, Serial: v.SerialLog(), GuestAgent: o.GuestAgent,
 	}
 	if d.Kernel, d.Initrd, err = v.lab.installBoot(ctx, boot); err != nil {
 		return err
@@ -240,11 +246,16 @@ func (v *VM) create(ctx context.Context, im *Images, site *Site, o VMOptions) er
 	return v.save()
 }
 
-func (v *VM) cmdline(site *Site, o VMOptions) string {
+// seed is what the guest's patterns start from.
+func (v *VM) seed() uint64 {
 	h := sha256.Sum256([]byte("seed/" + v.Name))
+	return binary.BigEndian.Uint64(h[:])
+}
+
+func (v *VM) cmdline(site *Site, o VMOptions) string {
 	return fmt.Sprintf("console=ttyS0 quiet loglevel=4 mitigations=off panic=1 wanlab.name=%s wanlab.address=%s wanlab.gateway=%s wanlab.seed=%x"+
 		" wanlab.disks=%d wanlab.dirty=%d wanlab.write=%d wanlab.working-set=%d",
-		url.PathEscape(v.Name), netip.PrefixFrom(v.Address, site.BridgeAddr.Bits()), site.BridgeAddr.Addr(), binary.BigEndian.Uint64(h[:]),
+		url.PathEscape(v.Name), netip.PrefixFrom(v.Address, site.BridgeAddr.Bits()), site.BridgeAddr.Addr(), v.seed(),
 		len(o.Disks), o.Dirty, o.Write, o.WorkingSet)
 }
 
@@ -396,8 +407,10 @@ func (v *VM) Remove(ctx context.Context) error {
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove VM %q: %w", v.Name, err)
 	}
-	if err := os.Remove(v.lab.vmFile(v.Name)); err != nil {
-		return fmt.Errorf("remove VM %q: %w", v.Name, err)
+	for _, remove := range []error{os.RemoveAll(v.sshDir()), os.Remove(v.lab.vmFile(v.Name))} {
+		if remove != nil {
+			return fmt.Errorf("remove VM %q: %w", v.Name, remove)
+		}
 	}
 	return nil
 }

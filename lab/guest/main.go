@@ -109,6 +109,7 @@ func (g *guest) run() error {
 	}
 	g.load.start()
 	watchPowerButton(g.off)
+	startDaemons()
 	go console()
 	go g.pauses.tick()
 	go func() {
