@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-packages="qemu-system-x86 qemu-utils libvirt-daemon libvirt-clients busybox-static libnbd-bin ovmf iproute2 e2fsprogs util-linux mount procps iputils-ping git ca-certificates"
+packages="qemu-system-x86 qemu-utils libvirt-daemon libvirt-clients busybox-static libnbd-bin ovmf iproute2 e2fsprogs util-linux mount procps iputils-ping openssh-client git ca-certificates"
 missing=""
 for p in $packages; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $p"
