@@ -1,0 +1,557 @@
+//go:build lab
+
+package neighbour
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"runtime/pprof"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/net/bpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/gopacket/gopacket/layers"
+)
+
+// The lab, three network namespaces without names, which end with the test:
+//
+//	guest           host                      other
+//	eth0 ---- tap0 [br0] port0 ------------- eth0
+//	.5, ::5                                   .7, ::7     of 10.0.0.0/24, 2001:db8::/64
+//
+// A veth stands for the tap: a bridge and a packet socket see no difference.
+type site struct {
+	t                  *testing.T
+	guest, host, other *space
+}
+
+var (
+	other4     = netip.MustParseAddr("10.0.0.7")
+	other6     = netip.MustParseAddr("2001:db8::7")
+	otherLocal = netip.MustParseAddr("fe80::5054:ff:fe09:909")
+	nobody4    = netip.MustParseAddr("10.0.0.99")
+	nobody6    = netip.MustParseAddr("2001:db8::99")
+)
+
+func newSite(t *testing.T) *site {
+	s := &site{t, newSpace(t), newSpace(t), newSpace(t)}
+	s.in(s.host, func() error {
+		br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0", HardwareAddr: bridgeHardware[:]}}
+		if err := netlink.LinkAdd(br); err != nil {
+			return err
+		}
+		for port, end := range map[string]struct {
+			*space
+			hardware
+		}{"tap0": {s.guest, vmHardware}, "port0": {s.other, otherHardware}} {
+			veth := &netlink.Veth{
+				LinkAttrs: netlink.LinkAttrs{Name: port, MasterIndex: br.Index}, PeerName: "eth0",
+				PeerHardwareAddr: end.hardware[:], PeerNamespace: netlink.NsFd(end.fd),
+			}
+			if err := netlink.LinkAdd(veth); err != nil {
+				return fmt.Errorf("make %s: %w", port, err)
+			}
+		}
+		return nil
+	})
+	for _, dev := range []string{"br0", "tap0", "port0"} {
+		s.run(s.host, "ip", "link", "set", dev, "up")
+	}
+	for end, last := range map[*space]string{s.guest: "5", s.other: "7"} {
+		s.run(end, "ip", "link", "set", "eth0", "up")
+		s.run(end, "ip", "addr", "add", "10.0.0."+last+"/24", "dev", "eth0")
+		s.run(end, "ip", "addr", "add", "2001:db8::"+last+"/64", "dev", "eth0", "nodad")
+	}
+	return s
+}
+
+// A space is a thread in a network namespace of its own.
+type space struct {
+	fd    int
+	calls chan func()
+}
+
+func newSpace(t *testing.T) *space {
+	t.Helper()
+	s := &space{calls: make(chan func())}
+	ready := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			s.fd, err = unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		}
+		// A new namespace may have these from the host.
+		for key, value := range map[string]string{"disable_ipv6": "0", "accept_dad": "1", "dad_transmits": "1", "forwarding": "0", "accept_ra": "1"} {
+			if err == nil {
+				err = os.WriteFile("/proc/sys/net/ipv6/conf/default/"+key, []byte(value), 0o644)
+			}
+		}
+		ready <- err
+		if err != nil {
+			return
+		}
+		for f := range s.calls {
+			f()
+		}
+		unix.Close(s.fd)
+	}()
+	if err := <-ready; err != nil {
+		t.Fatalf("make network namespace: %v", err)
+	}
+	t.Cleanup(func() { close(s.calls) })
+	return s
+}
+
+func (s *site) in(where *space, f func() error) {
+	s.t.Helper()
+	done := make(chan error)
+	where.calls <- func() { done <- f() }
+	if err := <-done; err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// try runs a command in a namespace; it may fail.
+func (s *site) try(where *space, name string, args ...string) (string, error) {
+	s.t.Helper()
+	var out []byte
+	var failed error
+	s.in(where, func() error {
+		cmd := exec.Command(name, args...)
+		out, failed = cmd.CombinedOutput()
+		if cmd.ProcessState == nil {
+			return failed // not a matter of what it found
+		}
+		return nil
+	})
+	return string(out), failed
+}
+
+func (s *site) run(where *space, name string, args ...string) string {
+	s.t.Helper()
+	out, err := s.try(where, name, args...)
+	if err != nil {
+		s.t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+// until waits for what the kernel does in its own time.
+func (s *site) until(what string, f func() (now string, ok bool)) {
+	s.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		now, ok := f()
+		if ok {
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("%s: still %q", what, now)
+		}
+	}
+}
+
+// finds waits until a neighbour entry has a hardware address.
+func (s *site) finds(where *space, a netip.Addr, at hardware) {
+	s.t.Helper()
+	s.until(fmt.Sprintf("%v at %v", a, net.HardwareAddr(at[:])), func() (string, bool) {
+		out := s.run(where, "ip", "neigh", "show", a.String(), "dev", "eth0")
+		return out, strings.Contains(out, "lladdr "+net.HardwareAddr(at[:]).String()+" ")
+	})
+}
+
+// learn makes an entry of a neighbour that is there.
+func (s *site) learn(where *space, a netip.Addr, at hardware) {
+	s.t.Helper()
+	s.until("ping "+a.String(), func() (string, bool) {
+		out, err := s.try(where, "ping", "-c", "1", "-W", "1", "-I", "eth0", a.String())
+		return out, err == nil
+	})
+	s.finds(where, a, at)
+	if out := s.run(where, "ip", "neigh", "show", a.String(), "dev", "eth0"); !strings.Contains(out, "REACHABLE") {
+		s.t.Fatalf("%v is not sure of where %v is: %s", where, a, out)
+	}
+}
+
+func (s *site) respond() *Responder {
+	s.t.Helper()
+	var r *Responder
+	s.in(s.host, func() (err error) {
+		r, err = NewResponder("tap0", vmHardware[:], bridgeHardware[:], []netip.Addr{vm4, vm6}, slog.New(slog.NewTextHandler(s.t.Output(), nil)))
+		return err
+	})
+	s.t.Cleanup(func() { r.Close() })
+	return r
+}
+
+func (s *site) observe(where *space, dev string, mac hardware) *Observer {
+	s.t.Helper()
+	var o *Observer
+	s.in(where, func() (err error) {
+		o, err = Observe(dev, mac[:])
+		return err
+	})
+	s.t.Cleanup(func() { o.Close() })
+	return o
+}
+
+// listen opens a port that hears what another station than its own sends.
+func (s *site) listen(where *space, from hardware) *port {
+	s.t.Helper()
+	var p *port
+	s.in(where, func() (err error) {
+		if p, err = openPort("eth0"); err != nil {
+			return err
+		}
+		return p.listen(slices.Concat(arriving(), sentBy(from), []bpf.Instruction{accept}))
+	})
+	s.t.Cleanup(func() { p.Close() })
+	return p
+}
+
+func (p *port) receive(t *testing.T, patience time.Duration) []byte {
+	t.Helper()
+	buf := make([]byte, frameLimit)
+	p.file.SetReadDeadline(time.Now().Add(patience))
+	n, err := p.file.Read(buf)
+	if os.IsTimeout(err) {
+		return nil
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return buf[:n]
+}
+
+func TestGuestFindsEveryoneAtTheBridge(t *testing.T) {
+	s := newSite(t)
+	heard := s.observe(s.other, "eth0", bridgeHardware)
+	r := s.respond()
+	for _, a := range []netip.Addr{nobody4, nobody6, gateway4, netip.MustParseAddr("fe80::1")} {
+		s.try(s.guest, "ping", "-c", "1", "-W", "1", "-I", "eth0", a.String())
+		s.finds(s.guest, a, bridgeHardware)
+	}
+	if n := r.Answered(); n < 4 {
+		t.Errorf("%d answers counted, want at least 4", n)
+	}
+	if got := heard.Addresses(); len(got) > 0 {
+		t.Errorf("others on the bridge heard answers for %v", got)
+	}
+	// They would have.
+	s.in(s.host, func() error { return AnnounceOnce("br0", bridgeHardware[:], []netip.Addr{nobody4}) })
+	s.until("others hear an announcement", func() (string, bool) {
+		got := heard.Addresses()
+		return fmt.Sprint(got), slices.Equal(got, []netip.Addr{nobody4})
+	})
+}
+
+func TestDuplicatesAreNotFound(t *testing.T) {
+	s := newSite(t)
+	r := s.respond()
+	detected := func(addr string) (out string) {
+		s.run(s.guest, "ip", "addr", "add", addr+"/64", "dev", "eth0")
+		s.until("detection of duplicates of "+addr, func() (string, bool) {
+			out = s.run(s.guest, "ip", "-6", "addr", "show", "dev", "eth0", "to", addr)
+			return out, !strings.Contains(out, "tentative") || strings.Contains(out, "dadfailed")
+		})
+		return out
+	}
+	if out := detected("2001:db8::50"); strings.Contains(out, "dadfailed") {
+		t.Errorf("a duplicate of a new address was found: %s", out)
+	}
+	if out := detected(other6.String()); !strings.Contains(out, "dadfailed") {
+		t.Fatalf("a real duplicate was not found: %s", out)
+	}
+	before := r.Answered()
+	for _, a := range []string{vm4.String(), "10.0.0.50"} {
+		if out, err := s.try(s.guest, "arping", "-0", "-c", "2", "-w", "2", "-i", "eth0", a); err == nil || !strings.Contains(out, " 0 packets received") {
+			t.Errorf("a duplicate of %s was found: %v: %s", a, err, out)
+		}
+	}
+	if got := r.Answered(); got != before {
+		t.Errorf("%d probes answered", got-before)
+	}
+	if out := s.run(s.guest, "arping", "-c", "1", "-w", "5", "-i", "eth0", "10.0.0.50"); !strings.Contains(out, "from "+net.HardwareAddr(bridgeHardware[:]).String()) {
+		t.Errorf("a question is not answered: %s", out)
+	}
+}
+
+func TestTellCorrectsWhatTheGuestKnows(t *testing.T) {
+	s := newSite(t)
+	gateways := []netip.Addr{other4, other6, otherLocal}
+	// The guest knows its default route from the other's advertisement. A router
+	// says that it is one when it is asked for, too.
+	s.in(s.other, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0o644) })
+	ra := s.listen(s.other, vmHardware)
+	if err := ra.send(routerAdvertisement(t)); err != nil {
+		t.Fatal(err)
+	}
+	defaultRoute := func() (string, bool) {
+		out := s.run(s.guest, "ip", "-6", "route", "show", "default")
+		return out, strings.Contains(out, "via "+otherLocal.String())
+	}
+	s.until("default route", defaultRoute)
+	for _, a := range gateways {
+		s.learn(s.guest, a, otherHardware)
+	}
+	r := s.respond()
+	if err := r.Tell(gateways); err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range gateways {
+		s.finds(s.guest, a, bridgeHardware)
+	}
+	if out, ok := defaultRoute(); !ok {
+		t.Errorf("the default route is gone: %s", out)
+	}
+	// It would be without the router flag.
+	m := discovery{otherLocal, allNodes, advertisement, flagOverride, otherLocal, bridgeHardware}
+	if err := r.port.send(m.append(ethernet{vmHardware, bridgeHardware, etherTypeIPv6}.append(nil))); err != nil {
+		t.Fatal(err)
+	}
+	s.until("default route is gone", func() (string, bool) {
+		out, ok := defaultRoute()
+		return out, !ok
+	})
+	if err := r.Tell([]netip.Addr{other4, netip.IPv4Unspecified()}); err == nil {
+		t.Error("0.0.0.0 could be told")
+	}
+}
+
+func routerAdvertisement(t *testing.T) []byte {
+	t.Helper()
+	to := groupHardware(allNodes)
+	ip := &layers.IPv6{Version: 6, NextHeader: layers.IPProtocolICMPv6, HopLimit: 255, SrcIP: otherLocal.AsSlice(), DstIP: allNodes.AsSlice()}
+	header := &layers.ICMPv6{TypeCode: layers.CreateICMPv6TypeCode(layers.ICMPv6TypeRouterAdvertisement, 0)}
+	if err := header.SetNetworkLayerForChecksum(ip); err != nil {
+		t.Fatal(err)
+	}
+	return serialized(t,
+		&layers.Ethernet{SrcMAC: otherHardware[:], DstMAC: to[:], EthernetType: layers.EthernetTypeIPv6},
+		ip, header, &layers.ICMPv6RouterAdvertisement{HopLimit: 64, RouterLifetime: 1800})
+}
+
+func TestAnnounceChangesWhatOthersKnow(t *testing.T) {
+	s := newSite(t)
+	addrs := []netip.Addr{vm4, vm6}
+	for _, a := range addrs {
+		// Each right after it was learned.
+		s.learn(s.other, a, vmHardware)
+		s.in(s.host, func() error { return AnnounceOnce("br0", bridgeHardware[:], []netip.Addr{a}) })
+		s.finds(s.other, a, bridgeHardware)
+	}
+	for _, a := range addrs {
+		s.in(s.host, func() error { return AnnounceOnce("br0", vmHardware[:], []netip.Addr{a}) })
+		s.finds(s.other, a, vmHardware)
+	}
+}
+
+func TestAnnounceRepeats(t *testing.T) {
+	s := newSite(t)
+	p := s.listen(s.other, bridgeHardware)
+	count := func(patience time.Duration) (n int) {
+		for frame := p.receive(t, patience); frame != nil; frame = p.receive(t, patience) {
+			// The bridge speaks for itself too.
+			if a := claimed(frame, bridgeHardware); a == nobody4 || a == nobody6 {
+				n++
+			}
+		}
+		return n
+	}
+	addrs := []netip.Addr{nobody4, nobody6}
+	s.in(s.host, func() error { return Announce(t.Context(), "br0", bridgeHardware[:], addrs) })
+	if n := count(time.Second); n != 4*3 {
+		t.Errorf("%d frames heard, want four times three", n)
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	s.in(s.host, func() error { return Announce(ended, "br0", bridgeHardware[:], addrs) })
+	if n := count(time.Second); n != 3 {
+		t.Errorf("%d frames heard, want one time three", n)
+	}
+}
+
+func TestAnnounceRefuses(t *testing.T) {
+	s := newSite(t)
+	s.run(s.host, "ip", "link", "set", "br0", "down")
+	for _, c := range []struct {
+		dev  string
+		mac  net.HardwareAddr
+		addr netip.Addr
+		want string
+	}{
+		{"br9", bridgeHardware[:], vm4, "br9"},
+		{"lo", bridgeHardware[:], vm4, "not an Ethernet device"},
+		{"br0", broadcast[:], vm4, "hardware address"},
+		{"br0", bridgeHardware[:], allNodes, "not the address of one host"},
+		{"br0", bridgeHardware[:], netip.Addr{}, "not the address of one host"},
+		{"br0", bridgeHardware[:], vm4, "network is down"},
+	} {
+		s.in(s.host, func() error {
+			err := AnnounceOnce(c.dev, c.mac, []netip.Addr{c.addr})
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("announce %v on %s: %v, want %q", c.addr, c.dev, err, c.want)
+			}
+			return nil
+		})
+	}
+}
+
+func TestObserverFindsAddresses(t *testing.T) {
+	s := newSite(t)
+	o := s.observe(s.host, "tap0", vmHardware)
+	s.until("answer to a ping", func() (string, bool) {
+		out, err := s.try(s.other, "ping", "-c", "1", "-W", "1", vm4.String())
+		return out, err == nil
+	})
+	s.run(s.other, "ping", "-c", "1", "-W", "5", vm6.String())
+	want := []netip.Addr{vm4, vm6}
+	s.until("addresses of the guest", func() (string, bool) {
+		got := o.Addresses()
+		return fmt.Sprint(got), slices.Equal(got, want)
+	})
+	// A later address is found beside those, whose frames are no longer heard.
+	s.run(s.guest, "ip", "addr", "add", "10.0.0.6/24", "dev", "eth0")
+	s.run(s.other, "ping", "-c", "1", "-W", "5", "10.0.0.6")
+	want = append(want, netip.MustParseAddr("10.0.0.6"))
+	s.until("addresses of the guest", func() (string, bool) {
+		got := o.Addresses()
+		return fmt.Sprint(got), slices.Equal(got, want)
+	})
+}
+
+func TestObserverIsBounded(t *testing.T) {
+	s := newSite(t)
+	o := s.observe(s.host, "tap0", vmHardware)
+	p := s.listen(s.guest, otherHardware)
+	// IPv6 makes the largest filter.
+	for i := range byte(2 * observed) {
+		a := vm6.As16()
+		a[14] = 1 + i
+		if err := p.send(packet6(vmHardware, netip.AddrFrom16(a))); err != nil {
+			t.Fatal(err)
+		}
+		if err := p.send(packet6(otherHardware, host6)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.until("addresses of the guest", func() (string, bool) {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		return fmt.Sprint(o.seen), len(o.seen) == observed
+	})
+	if slices.Contains(o.Addresses(), host6) {
+		t.Error("the address of another was taken")
+	}
+	if err := o.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestTaggedFramesAreIgnored(t *testing.T) {
+	s := newSite(t)
+	r := s.respond()
+	p := s.listen(s.guest, bridgeHardware)
+	frame := askARP(t, sameARP)
+	tagged := slices.Concat(frame[:offsetEtherType], []byte{0x81, 0, 0, 7}, frame[offsetEtherType:])
+	for _, f := range [][]byte{tagged, frame} {
+		if err := p.send(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.until("answers", func() (string, bool) { return "", r.Answered() > 0 })
+	if p.receive(t, 5*time.Second) == nil {
+		t.Error("the question without a tag has no answer")
+	}
+	if r.Answered() != 1 || p.receive(t, 200*time.Millisecond) != nil {
+		t.Error("the question with a tag has an answer")
+	}
+}
+
+func TestFloodIsBounded(t *testing.T) {
+	s := newSite(t)
+	r := s.respond()
+	p := s.listen(s.guest, bridgeHardware)
+	frame := askARP(t, sameARP)
+	start := time.Now()
+	for range 20_000 {
+		if err := p.send(frame); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.until("a burst of answers", func() (string, bool) {
+		n := r.Answered()
+		return fmt.Sprint(n), n >= readBurst
+	})
+	n := r.Answered()
+	if most := readBurst + 1 + uint64(time.Since(start).Seconds()*readRate); n > most {
+		t.Errorf("%d answers, want at most %d", n, most)
+	}
+	s.try(s.guest, "ping", "-c", "1", "-W", "1", nobody4.String())
+	s.finds(s.guest, nobody4, bridgeHardware)
+}
+
+func TestTapGoesDownAndUp(t *testing.T) {
+	s := newSite(t)
+	r := s.respond()
+	s.run(s.host, "ip", "link", "set", "tap0", "down")
+	if err := r.Tell([]netip.Addr{other4}); err == nil {
+		t.Error("told through a tap that is down")
+	}
+	s.run(s.host, "ip", "link", "set", "tap0", "up")
+	s.try(s.guest, "ping", "-c", "1", "-W", "1", nobody4.String())
+	s.finds(s.guest, nobody4, bridgeHardware)
+	s.run(s.host, "ip", "link", "del", "tap0")
+	if err := r.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCloseLeavesNothing(t *testing.T) {
+	s := newSite(t)
+	traces := func() string {
+		var sockets []byte
+		s.in(s.host, func() (err error) {
+			sockets, err = os.ReadFile("/proc/thread-self/net/packet")
+			return err
+		})
+		link := s.run(s.host, "ip", "-d", "link", "show", "dev", "tap0")
+		_, promiscuity, _ := strings.Cut(link, "promiscuity ")
+		return fmt.Sprintf("%d sockets, promiscuity %s", strings.Count(string(sockets), "\n")-1, strings.Fields(promiscuity)[0])
+	}
+	serving := func() int {
+		var b strings.Builder
+		if err := pprof.Lookup("goroutine").WriteTo(&b, 2); err != nil {
+			t.Fatal(err)
+		}
+		return strings.Count(b.String(), "(*port).serve")
+	}
+	before := traces()
+	r := s.respond()
+	o := s.observe(s.host, "tap0", vmHardware)
+	if traces() == before || serving() != 2 {
+		t.Fatalf("%s, %d goroutines at work", traces(), serving())
+	}
+	for _, err := range []error{r.Close(), o.Close()} {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if after := traces(); after != before || serving() != 0 {
+		t.Errorf("%s, %d goroutines left behind; before: %s", after, serving(), before)
+	}
+	if err := r.Tell([]netip.Addr{other4}); err == nil {
+		t.Error("told after the end")
+	}
+}
