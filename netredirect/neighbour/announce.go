@@ -2,7 +2,6 @@ package neighbour
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -47,13 +46,13 @@ func announce(ctx context.Context, dev string, mac net.HardwareAddr, addrs []net
 	}
 
 	start := time.Now()
-	err = p.sendAll(frames)
+	err = p.send(frames...)
 	for _, after := range again {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-time.After(time.Until(start.Add(after))):
-			err = p.sendAll(frames)
+			err = p.send(frames...)
 		}
 	}
 	if err != nil {
@@ -86,13 +85,4 @@ func unsolicited(from, to, mac hardware, a, group netip.Addr) []byte {
 		flags: flagRouter | flagOverride, target: a, linkLayer: mac,
 	}
 	return m.append(ethernet{to, from, etherTypeIPv6}.append(nil))
-}
-
-// sendAll tries every frame, also after one that cannot be sent.
-func (p *port) sendAll(frames [][]byte) error {
-	var errs []error
-	for _, f := range frames {
-		errs = append(errs, p.send(f))
-	}
-	return errors.Join(errs...)
 }

@@ -518,6 +518,72 @@ func TestTapGoesDownAndUp(t *testing.T) {
 	}
 }
 
+// A real tap, of a VM that is written here, and that stops reading it.
+func TestTap(t *testing.T) {
+	s := newSite(t)
+	var vm *os.File
+	s.in(s.host, func() error {
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		request, err := unix.NewIfreq("tap1")
+		if err != nil {
+			return err
+		}
+		request.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI)
+		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
+			return err
+		}
+		vm = os.NewFile(uintptr(fd), "tap1")
+		return nil
+	})
+	defer vm.Close()
+	s.run(s.host, "ip", "link", "set", "tap1", "master", "br0", "up")
+	var r *Responder
+	s.in(s.host, func() (err error) {
+		r, err = NewResponder("tap1", vmHardware[:], bridgeHardware[:], []netip.Addr{vm4, vm6}, slog.New(slog.NewTextHandler(t.Output(), nil)))
+		return err
+	})
+	defer r.Close()
+	hears := func(want []byte) {
+		t.Helper()
+		buf := make([]byte, frameLimit)
+		for n := 0; string(buf[:n]) != string(want); { // others on the bridge speak too
+			var err error
+			vm.SetReadDeadline(time.Now().Add(5 * time.Second))
+			if n, err = vm.Read(buf); err != nil {
+				t.Fatalf("% x is not heard: %v", want, err)
+			}
+		}
+	}
+	asks := func() {
+		t.Helper()
+		for _, question := range [][]byte{askARP(t, sameARP), askND(t, sameND)} {
+			if _, err := vm.Write(question); err != nil {
+				t.Fatal(err)
+			}
+			hears(r.rules.answer(question))
+		}
+	}
+	asks()
+	// What it is told while it stands still is there when it goes on, and too much
+	// of it is lost without harm.
+	start := time.Now()
+	if err := r.Tell(append([]netip.Addr{gateway6}, slices.Repeat([]netip.Addr{gateway4}, 10_000)...)); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(start); took > 10*time.Second {
+		t.Errorf("telling took %v", took)
+	}
+	hears(r.rules.told(gateway6))
+	for err := error(nil); err == nil; {
+		vm.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+		_, err = vm.Read(make([]byte, frameLimit))
+	}
+	asks()
+}
+
 func TestCloseLeavesNothing(t *testing.T) {
 	s := newSite(t)
 	traces := func() string {

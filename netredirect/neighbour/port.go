@@ -60,12 +60,16 @@ func openPort(dev string) (*port, error) {
 
 func (p *port) Close() error { return p.file.Close() }
 
-func (p *port) send(frame []byte) error {
-	if err := p.file.SetWriteDeadline(time.Now().Add(sendTimeout)); err != nil {
-		return err
+// send tries every frame, also after one that cannot be sent, and returns the
+// first error.
+func (p *port) send(frames ...[]byte) error {
+	first := p.file.SetWriteDeadline(time.Now().Add(sendTimeout))
+	for _, f := range frames {
+		if _, err := p.file.Write(f); first == nil {
+			first = err
+		}
 	}
-	_, err := p.file.Write(frame)
-	return err
+	return first
 }
 
 // listen begins to receive what the filter lets through, also frames that are

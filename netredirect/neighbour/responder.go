@@ -66,7 +66,8 @@ func (r *Responder) handle(frame []byte) {
 }
 
 // Tell tells the VM, and nobody else, that each address, of its gateways say, is
-// at mac. An entry that it has is corrected at once; none is made.
+// at mac. An entry that it has is corrected at once; none is made. What a VM that
+// does not run is told waits in its tap's queue, if there is room, until it does.
 func (r *Responder) Tell(addrs []netip.Addr) error {
 	var frames [][]byte
 	for _, a := range addrs {
@@ -76,7 +77,7 @@ func (r *Responder) Tell(addrs []netip.Addr) error {
 		}
 		frames = append(frames, r.rules.told(a))
 	}
-	if err := r.port.sendAll(frames); err != nil {
+	if err := r.port.send(frames...); err != nil {
 		return fmt.Errorf("tell the VM on %s: %w", r.port.name, err)
 	}
 	return nil
