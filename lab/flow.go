@@ -23,6 +23,20 @@ type Silence struct {
 	Start  time.Time     `json:"start"`
 }
 
+func (s Silence) String() string {
+	if s.Length == 0 {
+		return "no gap"
+	}
+	return fmt.Sprintf("longest gap %d ms at %s", s.Length.Milliseconds(), s.Start.Format("15:04:05.000"))
+}
+
+func describeBroken(why string) string {
+	if why == "" {
+		return ""
+	}
+	return ", BROKEN: " + why
+}
+
 const (
 	// dialTimeout bounds the start of a flow.
 	dialTimeout = 10 * time.Second
@@ -104,7 +118,10 @@ func checkInterval(interval time.Duration) error {
 	return nil
 }
 
-// isReset says whether an error tells of a connection that the other side, or a host between, does not know any more.
-func isReset(err error) bool {
-	return errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
+// countReset is 1 for an error of a connection that the other side, or a host between, does not know any more.
+func countReset(err error) int {
+	if errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) {
+		return 1
+	}
+	return 0
 }

@@ -43,7 +43,7 @@ type DownloadResult struct {
 	Elapsed    time.Duration `json:"elapsed_ns"`  // from the first byte of the answer
 	LongestGap Silence       `json:"longest_gap"` // without a byte
 	Broken     string        `json:"broken,omitempty"`
-	Reset      bool          `json:"reset"` // the connection was reset
+	Resets     int           `json:"resets"` // of the connection: 0 or 1
 }
 
 // Complete says whether all bytes came before Stop.
@@ -66,6 +66,16 @@ func (r DownloadResult) Err() error {
 		return fmt.Errorf("broke after %d of %d bytes: %s", r.Bytes, r.Size, r.Broken)
 	}
 	return nil
+}
+
+func (r DownloadResult) String() string {
+	const mib = 1 << 20
+	end := describeBroken(r.Broken)
+	if r.Broken == "" && !r.Complete() {
+		end = ", stopped"
+	}
+	return fmt.Sprintf("%.1f of %d MiB at %.1f MiB/s, %d bytes wrong, %d resets%s; %v",
+		float64(r.Bytes)/mib, r.Size/mib, r.Rate()/mib, r.Wrong, r.Resets, end, r.LongestGap)
 }
 
 // StartDownload begins to download the guest's file from one of its addresses to a client inside a site.
@@ -128,7 +138,7 @@ func download(ctx context.Context, conn net.Conn, file *fileChecker, limit int64
 	broke := func(err error) DownloadResult {
 		gaps.lost(time.Now())
 		if ctx.Err() == nil {
-			result.Broken, result.Reset = err.Error(), isReset(err)
+			result.Broken, result.Resets = err.Error(), countReset(err)
 		}
 		return result
 	}

@@ -61,6 +61,11 @@ func (r SSHResult) Err() error {
 	return nil
 }
 
+func (r SSHResult) String() string {
+	return fmt.Sprintf("%d lines printed, %d of %d echoed, %d out of order%s; %v",
+		r.Lines, r.Echoed, r.Sent, r.Breaks, describeBroken(r.Broken), r.LongestGap)
+}
+
 // StartSSH logs in to the guest, which must have been made with SSH, from inside a site.
 func (v *VM) StartSSH(ctx context.Context, site string, to netip.Addr) (*SSHSession, error) {
 	s, err := v.startSSH(ctx, site, to)

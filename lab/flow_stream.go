@@ -33,7 +33,7 @@ type StreamResult struct {
 	LongestGap Silence       `json:"longest_gap"` // between two answers
 	LongestAge time.Duration `json:"longest_age_ns"`
 	Broken     string        `json:"broken,omitempty"` // how the connection ended, unless by Stop and with all answered
-	Reset      bool          `json:"reset"`            // the connection was reset
+	Resets     int           `json:"resets"`           // of the connection: 0 or 1
 }
 
 // Err is nil if every record was answered, in order and over a connection that lived until Stop.
@@ -45,6 +45,11 @@ func (r StreamResult) Err() error {
 		return fmt.Errorf("%d of %d records did not follow the one before", r.Breaks, r.Sent)
 	}
 	return nil
+}
+
+func (r StreamResult) String() string {
+	return fmt.Sprintf("%d sent, %d answered, %d out of order, %d resets%s; %v, longest wait for an answer %d ms",
+		r.Sent, r.Answered, r.Breaks, r.Resets, describeBroken(r.Broken), r.LongestGap, r.LongestAge.Milliseconds())
 }
 
 // StartStream connects to an address of the guest from inside a site and sends it a record at each interval, until Stop.
@@ -181,7 +186,7 @@ func (m *streamMeter) answer(r api.EchoRecord, at time.Time) {
 }
 
 func (m *streamMeter) broke(err error, at time.Time) {
-	m.result.Broken, m.result.Reset = err.Error(), isReset(err)
+	m.result.Broken, m.result.Resets = err.Error(), countReset(err)
 	m.gaps.lost(at)
 }
 

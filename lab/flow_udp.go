@@ -55,6 +55,11 @@ func (r UDPResult) Err() error {
 	return nil
 }
 
+func (r UDPResult) String() string {
+	return fmt.Sprintf("%d sent, %d answered, %d lost, %d twice, %d out of order, %d wrong, %d errors; %v, longest wait for an answer %d ms",
+		r.Sent, r.Answered, r.Lost, r.Duplicated, r.Reordered, r.Wrong, r.Errors, r.LongestGap, r.LongestAge.Milliseconds())
+}
+
 // StartUDP sends a UDP echo to an address of the guest from inside a site at each interval, until Stop.
 func (v *VM) StartUDP(ctx context.Context, site string, to netip.Addr, interval time.Duration) (*UDPFlow, error) {
 	if err := checkInterval(interval); err != nil {

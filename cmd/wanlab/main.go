@@ -48,6 +48,7 @@ and loss joins them. The host's own network is left alone.`,
 		loadCommand(&dir),
 		verifyCommand(&dir),
 		probeCommand(&dir),
+		clientCommand(&dir),
 		imageCommand(),
 		downCommand(&dir),
 	)

@@ -70,6 +70,8 @@ format=raw|qcow2, bus=virtio|scsi|sata and backing=yes|no:
 	f.StringVar(&o.Accel, "accel", "auto", "kvm, tcg, or auto: kvm where a guest boots with it")
 	f.BoolVar(&o.UEFI, "uefi", false, "boot with OVMF and an NVRAM of its own")
 	f.BoolVar(&o.CDROM, "cdrom", false, "attach a read-only CD-ROM")
+	f.BoolVar(&o.SSH, "ssh", false, "run an ssh server, for wanlab client --ssh")
+	f.BoolVar(&o.GuestAgent, "guest-agent", false, "run qemu-guest-agent, for virsh domifaddr --source agent")
 	addImages(cmd, &o.Cache, &o.Guest)
 	cmd.MarkFlagsMutuallyExclusive("transient", "persistent")
 	return cmd
