@@ -51,8 +51,8 @@ func openDevice(name string, mtu int) (*device, error) {
 func openTUN(name string) (tun.Device, error) {
 	const path = "/dev/net/tun"
 	request, err := unix.NewIfreq(name)
-	if err != nil || name == "" {
-		return nil, fmt.Errorf("device name %q: want 1 to %d bytes", name, unix.IFNAMSIZ-1)
+	if err != nil {
+		return nil, fmt.Errorf("device name %q: %w", name, err)
 	}
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -62,6 +62,9 @@ func openTUN(name string) (tun.Device, error) {
 	request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR | unix.IFF_TUN_EXCL)
 	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
 		unix.Close(fd)
+		if errors.Is(err, unix.EBUSY) {
+			err = fmt.Errorf("%w: there is an interface of that name: remove it (ip link delete %s)", err, name)
+		}
 		return nil, fmt.Errorf("make TUN device %s: %w", name, err)
 	}
 	// Not CreateTUN: it watches the device's state, which nobody here asks for.

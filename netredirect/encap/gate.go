@@ -66,8 +66,11 @@ func (f *filter) outgoing(b []byte) (packet, verdict) {
 		return p, v
 	}
 	a := f.gate.open.Load()
-	if a.here[p.src] || a.away[p.dst] || f.isProbe(p, f.local, f.remote) {
+	switch {
+	case a.here[p.src] || a.away[p.dst] || f.isProbe(p, f.local, f.remote):
 		return p, passes
+	case p.dst.IsLinkLocalMulticast():
+		return p, chatter
 	}
 	return p, foreign
 }

@@ -42,6 +42,7 @@ const (
 	tooBig
 	unsent
 	congested
+	chatter // the kernel's own multicast on a device, such as MLD; no news to anyone
 	verdicts
 )
 

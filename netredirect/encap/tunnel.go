@@ -6,8 +6,10 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/tun"
 )
 
@@ -37,6 +39,8 @@ func (c *Config) check() error {
 		}
 	}
 	switch {
+	case c.Name == "" || len(c.Name) >= unix.IFNAMSIZ || strings.ContainsAny(c.Name, "%/: \t\n"):
+		return fmt.Errorf("tunnel's device name %q: want 1 to %d letters, digits, - and .", c.Name, unix.IFNAMSIZ-1)
 	case c.Local.Is4() != c.Remote.Is4():
 		return fmt.Errorf("tunnel %s: outer addresses %v and %v are of two families", c.Name, c.Local, c.Remote)
 	case c.Local == c.Remote:
