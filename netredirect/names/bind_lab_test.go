@@ -136,14 +136,14 @@ pool A 10.10.0.7
 alias CNAME vm
 *.wild A 10.10.0.5
 `,
-	"10.10.in-addr.arpa": soa + "5.0 PTR vm.example.test.\n5.0 PTR alias.example.test.\n5.0 PTR away.example.net.\n",
-	"20.10.in-addr.arpa": soa,
-	"30.10.in-addr.arpa": soa + "0-127.0 NS ns1.example.test.\n0-127.0 NS ns2.example.test.\n9.0 CNAME 9.0-127.0\n",
-	"0-127.0.30.10.in-addr.arpa":       soa,
-	"0.1.0.0.0.1.d.f.ip6.arpa":         soa + reverse6("fd10:10::5", "0.1.0.0.0.1.d.f.ip6.arpa.") + " PTR vm.example.test.\n",
-	"0.2.0.0.0.1.d.f.ip6.arpa":         soa,
-	"unwritable.test":                  soa + "vm A 10.10.0.5\n",
-	"other-key.test":                   soa + "vm A 10.10.0.5\n",
+	"10.10.in-addr.arpa":         soa + "5.0 PTR vm.example.test.\n5.0 PTR alias.example.test.\n5.0 PTR away.example.net.\n",
+	"20.10.in-addr.arpa":         soa,
+	"30.10.in-addr.arpa":         soa + "0-127.0 NS ns1.example.test.\n0-127.0 NS ns2.example.test.\n9.0 CNAME 9.0-127.0\n",
+	"0-127.0.30.10.in-addr.arpa": soa,
+	"0.1.0.0.0.1.d.f.ip6.arpa":   soa + reverse6("fd10:10::5", "0.1.0.0.0.1.d.f.ip6.arpa.") + " PTR vm.example.test.\n",
+	"0.2.0.0.0.1.d.f.ip6.arpa":   soa,
+	"unwritable.test":            soa + "vm A 10.10.0.5\n",
+	"other-key.test":             soa + "vm A 10.10.0.5\n",
 }
 
 func reverse6(a, zone string) string {

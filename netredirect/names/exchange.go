@@ -2,6 +2,7 @@ package names
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -43,27 +44,76 @@ func (c *Client) exchange(ctx context.Context, server string, m *dns.Msg, signed
 }
 
 func (c *Client) exchangeOver(ctx context.Context, network, server string, m *dns.Msg, signed bool) (*dns.Msg, error) {
-	client := dns.Client{Net: network, Timeout: c.timeout}
-	if signed {
-		client.TsigSecret = map[string]string{c.key.Name: c.key.secret}
-		m.SetTsig(c.key.Name, c.key.Algorithm, tsigFudge, c.clock().Unix())
-	}
-	conn, err := client.DialContext(ctx, server)
+	dialer := dns.Client{Net: network, Timeout: c.timeout, UDPSize: udpSize}
+	conn, err := dialer.DialContext(ctx, server)
 	if err != nil {
 		return nil, err
 	}
 	defer conn.Close()
-	// The library knows of the context's deadline only.
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
-	answer, _, err := client.ExchangeWithConnContext(ctx, m, conn)
-	// ErrAuth stands for NOTAUTH, which refusal explains.
-	if err != nil && !(errors.Is(err, dns.ErrAuth) && answer != nil && answer.Rcode == dns.RcodeNotAuth) {
-		if answer != nil {
-			return nil, fmt.Errorf("%w: %w", ErrAnswer, err)
-		}
+	if err := conn.SetDeadline(time.Now().Add(c.timeout)); err != nil {
 		return nil, err
 	}
-	return answer, acceptable(m, answer, signed)
+
+	var out []byte
+	var sent signature
+	if signed {
+		sent.secret = c.key.secret
+		m.SetTsig(c.key.Name, c.key.Algorithm, tsigFudge, c.clock().Unix())
+		out, sent.mac, err = dns.TsigGenerate(m, c.key.secret, "", false)
+	} else {
+		out, err = m.Pack()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("pack message: %w", err)
+	}
+	if _, err := conn.Write(out); err != nil {
+		return nil, err
+	}
+	for {
+		p, err := conn.ReadMsgHeader(nil)
+		if err != nil {
+			return nil, err
+		}
+		// A datagram with another ID is late, or of someone who guesses.
+		if network == "udp" && binary.BigEndian.Uint16(p) != m.Id {
+			continue
+		}
+		return parseAnswer(p, m, sent)
+	}
+}
+
+// signature is what the answer's is verified with; the zero value is that of an
+// unsigned message.
+type signature struct {
+	secret string // base64
+	mac    string // of the message sent, hex
+}
+
+// parseAnswer takes the answer to a message only as a whole: what the library
+// would make of one that is cut short is an answer with fewer records.
+func parseAnswer(p []byte, m *dns.Msg, sent signature) (*dns.Msg, error) {
+	answer := new(dns.Msg)
+	if err := answer.Unpack(p); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrAnswer, err)
+	}
+	for i, n := range []int{len(answer.Question), len(answer.Answer), len(answer.Ns), len(answer.Extra)} {
+		if int(binary.BigEndian.Uint16(p[4+2*i:])) != n {
+			return nil, fmt.Errorf("%w: it ends early", ErrAnswer)
+		}
+	}
+	signed := sent.secret != ""
+	if signed && answer.IsTsig() != nil {
+		// ErrAuth stands for NOTAUTH, which is explained later. The server need not
+		// have the key to sign that.
+		if err := dns.TsigVerify(p, sent.secret, sent.mac, false); err != nil && !errors.Is(err, dns.ErrAuth) {
+			return nil, fmt.Errorf("%w: %w", ErrAnswer, err)
+		}
+	}
+	if err := acceptable(m, answer, signed); err != nil {
+		return nil, err
+	}
+	return answer, nil
 }
 
 // acceptable tells whether an answer is one to the message.

@@ -158,9 +158,10 @@ func tokenize(s string) ([]token, error) {
 			tokens = append(tokens, token{text: s[:1]})
 			s = s[1:]
 		default:
-			n := strings.IndexAny(s, " \t\r\n\"#"+punctuation)
-			if n < 0 {
-				n = len(s)
+			n := 1
+			for n < len(s) && !strings.ContainsRune(" \t\r\n\"#"+punctuation, rune(s[n])) &&
+				!strings.HasPrefix(s[n:], "//") && !strings.HasPrefix(s[n:], "/*") {
+				n++
 			}
 			tokens = append(tokens, token{text: s[:n]})
 			s = s[n:]
