@@ -1,0 +1,326 @@
+package netredirect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// ErrUnknown is returned when the other side has no redirect of a move.
+var ErrUnknown = errors.New("no redirect of that move stands there")
+
+// Arrival is a VM that is about to arrive here: what a source may ask a redirect for.
+type Arrival struct {
+	VM
+	Peer Peer
+	NICs []NIC // at this host, without addresses
+}
+
+// Answer tells a source what a redirect to this host would be. nics are the
+// VM's at this host as far as they are known; from is the source's address as
+// this host sees it.
+func (m *Manager) Answer(ask Ask, nics []NIC, from netip.Addr) (Offer, error) {
+	if err := ask.validate(); err != nil {
+		return Offer{}, err
+	}
+	if ask.Options.Kind == None || len(ask.NICs) == 0 {
+		return Offer{}, nil
+	}
+	o := Offer{Kinds: Kinds, NAT: from != ask.Outer, Mode: m.mode(ask.Options), Findings: m.hostFindings()}
+	_, outer, _, err := m.net.RouteTo(from)
+	if err != nil {
+		return o, err
+	}
+	o.Outer = outer
+	here, err := m.place(ask.NICs, nics)
+	if err != nil {
+		o.Findings = append(o.Findings, Finding{Check: "redirect", Problem: fmt.Sprintf("connections break: %v", err), Remedy: "attach the VM to a Linux bridge there with --network"})
+		return o, nil
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if o.Mode == New {
+		if o.Mapped, err = m.map1to1(here); err != nil {
+			o.Findings = append(o.Findings, Finding{Check: "addresses", Problem: err.Error(), Remedy: "enlarge addresses.pool there, or --addresses keep", Fatal: true})
+			return o, nil
+		}
+	}
+	kind := ask.Options.Kind
+	if kind == Auto {
+		kind = IPIP
+	}
+	device := deviceName("", kind)
+	plan := planDestination(destinationNeeds{priority: topPriority, device: device, nics: here, egress: m.egress(ask.Options), mapped: o.Mapped})
+	plan.Tunnel = planTunnel(tunnelFacts{kind: kind, device: device, local: outer, remote: from, mtu: tunnelMTU(kind, from, 0)})
+	o.Steps = plan.text()
+	o.Findings = append(o.Findings, m.settleFindings(o.Mode, here)...)
+	return o, nil
+}
+
+// settleFindings tell what an operator will have to do by hand.
+func (m *Manager) settleFindings(mode Mode, nics []hostNIC) []Finding {
+	s := situation{Mode: mode, DNS: m.dns != nil, NamesKnown: true, Names: 1, NameServed: true, BGP: m.bgp != nil, RouteSeen: true, Home: len(foreignNICs(nics)) == 0}
+	var all []Finding
+	for _, w := range unsettled(s) {
+		what, remedy, _ := strings.Cut(w, ": ")
+		all = append(all, Finding{Check: "redirect", Problem: "the tunnel stays up to its longest time: " + what, Remedy: remedy})
+	}
+	return all
+}
+
+func (m *Manager) mode(o Options) Mode {
+	switch {
+	case o.Mode != "":
+		return o.Mode
+	case m.Mode != "":
+		return m.Mode
+	}
+	return Keep
+}
+
+func (m *Manager) egress(o Options) Egress {
+	switch {
+	case o.Egress != "":
+		return o.Egress
+	case m.Egress != "":
+		return m.Egress
+	}
+	return EgressTunnel
+}
+
+// place finds each of the VM's NICs, with its addresses, on this host's bridges.
+func (m *Manager) place(there, here []NIC) ([]hostNIC, error) {
+	var all []hostNIC
+	for _, t := range there {
+		i := slices.IndexFunc(here, func(n NIC) bool { return strings.EqualFold(n.MAC, t.MAC) })
+		if i < 0 {
+			return nil, fmt.Errorf("the VM has no interface %s here", t.MAC)
+		}
+		n := here[i]
+		n.Addresses, n.Gateways = t.Addresses, t.Gateways
+		b, err := m.bridge(n)
+		if err != nil {
+			return nil, err
+		}
+		home := !slices.ContainsFunc(n.Addresses, func(a netip.Addr) bool {
+			return !slices.ContainsFunc(b.Prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+		})
+		all = append(all, hostNIC{NIC: n, bridgeMAC: b.MAC.String(), home: home})
+	}
+	return all, nil
+}
+
+// map1to1 chooses a free address of the pool for each foreign one of the VM.
+// Called with the lock held.
+func (m *Manager) map1to1(nics []hostNIC) (map[netip.Addr]netip.Addr, error) {
+	taken := map[netip.Addr]bool{}
+	for _, x := range m.redirects {
+		for _, to := range x.Mapped {
+			taken[to] = true
+		}
+	}
+	for _, n := range nics {
+		known, err := m.net.Neighbours(n.Bridge)
+		if err != nil {
+			return nil, err
+		}
+		for a := range known {
+			taken[a] = true
+		}
+	}
+	mapped := map[netip.Addr]netip.Addr{}
+	for _, n := range foreignNICs(nics) {
+		for _, a := range n.Addresses {
+			to, ok := free(m.Pool, a.Is4(), taken)
+			if !ok {
+				return nil, fmt.Errorf("no free address of the pool for %s", a)
+			}
+			taken[to], mapped[a] = true, to
+		}
+	}
+	return mapped, nil
+}
+
+// free finds the first address of a family that is not taken. Those that a
+// network keeps for itself are left out.
+func free(pool []netip.Prefix, v4 bool, taken map[netip.Addr]bool) (netip.Addr, bool) {
+	for _, p := range pool {
+		if p.Addr().Is4() != v4 {
+			continue
+		}
+		const most = 1 << 16
+		a := p.Addr()
+		for range most {
+			if !p.Contains(a) {
+				break
+			}
+			if !taken[a] && (p.Bits() >= a.BitLen()-1 || a != p.Addr() && (!v4 || p.Contains(a.Next()))) {
+				return a, true
+			}
+			a = a.Next()
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// Serve carries out an operation that the source of an arriving VM asks for.
+func (m *Manager) Serve(ctx context.Context, a Arrival, op string, body []byte) (any, error) {
+	switch op {
+	case opOpen:
+		r, err := decode[openRequest](body)
+		if err == nil {
+			err = r.validate()
+		}
+		if err != nil {
+			return nil, err
+		}
+		return m.serveOpen(ctx, a, r)
+	case opResize:
+		r, err := decode[resizeRequest](body)
+		if err == nil && (r.MTU < minMTU || r.MTU > maxMTU) {
+			err = fmt.Errorf("tunnel MTU %d is out of bounds", r.MTU)
+		}
+		x := m.of(a.Move, a.Peer.ID)
+		if err != nil || x == nil {
+			return nil, errors.Join(err, ErrUnknown)
+		}
+		return struct{}{}, m.resize(ctx, x, r.MTU)
+	case opArm:
+		x := m.of(a.Move, a.Peer.ID)
+		if x == nil {
+			return nil, ErrUnknown
+		}
+		return m.serveArm(ctx, x, a)
+	case opEnd:
+		if x := m.of(a.Move, a.Peer.ID); x != nil {
+			r, _ := decode[endRequest](body) // only a reason
+			x.Undo(fmt.Sprintf("the source ends it: %.*s", maxText, r.Reason))
+		}
+		return struct{}{}, nil
+	}
+	return nil, fmt.Errorf("operation %.20q on a redirect is not known here: update this agent", op)
+}
+
+// of finds the redirect of a move with a peer.
+func (m *Manager) of(move, peer string) *redirect {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if x := m.redirects[move]; x != nil && x.Peer == peer {
+		return x
+	}
+	return nil
+}
+
+func (m *Manager) serveOpen(ctx context.Context, a Arrival, ask openRequest) (any, error) {
+	_, local, _, err := m.net.RouteTo(a.Peer.Address)
+	if err != nil {
+		return nil, err
+	}
+	here, err := m.place(ask.NICs, a.NICs)
+	if err != nil {
+		return nil, err
+	}
+	r := &record{Move: a.Move, VM: a.Name, UUID: a.UUID, Site: a.Peer.Site, Peer: a.Peer.ID, Role: Destination, State: Opening,
+		Options: ask.Options, Kind: ask.Kind, Device: deviceName(a.Peer.ID, ask.Kind), Local: local, Remote: a.Peer.Address, MTU: ask.MTU, Began: time.Now()}
+	r.setNICs(here)
+	r.Mode = m.mode(ask.Options)
+	x, err := m.open(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	x.m.work.Go(func() { m.answerProbes(x) })
+	return openReply{Outer: local}, nil
+}
+
+func (m *Manager) serveArm(ctx context.Context, x *redirect, a Arrival) (any, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if x.State != Opening {
+		return nil, fmt.Errorf("the redirect of %s is %s", x.Move, x.State)
+	}
+	nics := x.hostNICs()
+	var err error
+	if x.Mode == New {
+		if x.Mapped, err = m.map1to1(nics); err != nil {
+			return nil, err
+		}
+	}
+	egress := m.egress(x.Options)
+	if x.home() {
+		egress = EgressDirect
+	}
+	plan := planDestination(x.needs(egress))
+	if plan.Stay, err = m.rememberSysctls(plan.Stay); err != nil {
+		return nil, err
+	}
+	if plan.Arm, err = m.rememberSysctls(plan.Arm); err != nil {
+		return nil, err
+	}
+	x.Plan.Stay, x.Plan.Arm, x.Plan.Switch = plan.Stay, plan.Arm, plan.Switch
+	x.State = Armed
+	if err := m.apply(ctx, x, slices.Concat(x.Plan.Stay, x.Plan.Arm)); err != nil {
+		return nil, err
+	}
+	if err := x.respond(); err != nil {
+		return nil, err
+	}
+	if x.Mode == New {
+		m.work.Go(x.findNames) // the old TTL passes while the VM still moves
+	}
+	return armReply{Mode: x.Mode, Mapped: x.Mapped}, nil
+}
+
+// Inquire serves an operation on the redirect of a move that is over.
+func (m *Manager) Inquire(peer, move, op string, body []byte) (any, error) {
+	x := m.of(move, peer)
+	if x == nil {
+		return nil, ErrUnknown
+	}
+	switch op {
+	case opSync:
+		r, err := decode[syncRequest](body)
+		if err != nil {
+			return nil, err
+		}
+		return x.serveSync(r)
+	case opEnd:
+		if x.Role == Destination {
+			x.finish("the source has removed it")
+		} else {
+			x.finish("the destination has removed it")
+		}
+		return struct{}{}, nil
+	}
+	return nil, fmt.Errorf("operation %.20q on a redirect is not known here: update this agent", op)
+}
+
+func (x *redirect) serveSync(r syncRequest) (any, error) {
+	if x.Role != Destination || !x.tunnelledNow() {
+		return nil, ErrUnknown
+	}
+	x.see.Lock()
+	x.peerIdle, x.peerSeen, x.peerWaits, x.lastSync = r.Idle, r.RouteSeen, bounded(r.Waits), time.Now()
+	x.see.Unlock()
+	if r.Draining {
+		x.Drain()
+	}
+	remove, waits := decide(x.situation())
+	x.see.Lock()
+	defer x.see.Unlock()
+	return syncReply{Remove: remove && len(x.peerWaits) == 0, Waits: append(waits, x.peerWaits...), Serving: x.servingLocked(), Flows: x.flows}, nil
+}
+
+func (x *redirect) tunnelledNow() bool {
+	x.m.mu.Lock()
+	defer x.m.mu.Unlock()
+	return x.tunnelled()
+}
+
+// servingLocked reports whether new packets find the VM here. Called with see held.
+func (x *redirect) servingLocked() bool {
+	return x.home() || len(x.Announced) > 0 && x.problems["BGP"] == ""
+}

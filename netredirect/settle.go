@@ -1,0 +1,476 @@
+package netredirect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/wanmig/wanmig/netredirect/hostnet"
+	"github.com/wanmig/wanmig/netredirect/names"
+)
+
+// live watches a redirect after its VM has moved, and ends it when it is not
+// needed any more. One goroutine a redirect.
+func (x *redirect) live() {
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	for {
+		done := false
+		switch x.Role {
+		case Source:
+			done = x.liveSource()
+		case Destination:
+			done = x.liveDestination()
+		}
+		if done {
+			return
+		}
+		select {
+		case <-x.ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// watchTraffic notes when the VM's packets last passed the tunnel here.
+func (x *redirect) watchTraffic() {
+	table := x.table()
+	if table == nil {
+		return
+	}
+	x.m.mu.Lock()
+	counters, err := x.m.net.Counters(x.ctx, *table)
+	x.m.mu.Unlock()
+	x.problem("counting", err)
+	if err != nil {
+		return
+	}
+	x.see.Lock()
+	defer x.see.Unlock()
+	in, out := counters[counterIn], counters[counterOut]
+	if n := in.Packets + out.Packets; n != x.seen.packets {
+		x.seen.packets, x.seen.at = n, time.Now()
+	}
+	x.seen.in, x.seen.out = in, out
+}
+
+// table is the redirect's own nft table with its counters.
+func (x *redirect) table() *hostnet.Table {
+	for _, s := range x.Plan.Arm {
+		if s.Table != nil && s.Table.Family == "inet" {
+			return s.Table
+		}
+	}
+	return nil
+}
+
+func (x *redirect) idle() time.Duration {
+	x.see.Lock()
+	defer x.see.Unlock()
+	return time.Since(x.seen.at)
+}
+
+// liveSource asks the destination whether the tunnel is still needed.
+func (x *redirect) liveSource() (done bool) {
+	x.watchTraffic()
+	seen := x.routeSeen()
+	retiring := x.m.retireNames(x)
+	ctx, cancel := context.WithTimeout(x.ctx, 10*time.Second)
+	defer cancel()
+	var reply syncReply
+	err := x.m.Call(ctx, x.Site, x.Peer, x.Move, opSync,
+		syncRequest{Idle: x.idle(), RouteSeen: seen, Draining: x.state() == Draining, Waits: retiring}, &reply)
+	x.problem("destination", err)
+	switch {
+	case errors.Is(err, ErrUnknown):
+		return x.finish("the destination does not know of it any more")
+	case err == nil && reply.Remove:
+		return x.finish("nothing uses it")
+	case time.Now().After(x.Deadline):
+		return x.finish("its longest time is over")
+	}
+	if err == nil && reply.Serving {
+		x.problem("BGP", x.m.retireRoutes(x.UUID))
+	}
+	if err == nil {
+		x.see.Lock()
+		x.waits, x.flows = bounded(reply.Waits), reply.Flows[:min(len(reply.Flows), maxFlows)]
+		x.see.Unlock()
+	}
+	return false
+}
+
+func bounded(texts []string) []string {
+	texts = slices.Clone(texts[:min(len(texts), 20)])
+	for i, t := range texts {
+		texts[i] = fmt.Sprintf("%.*s", maxText, t)
+	}
+	return texts
+}
+
+func (x *redirect) state() State {
+	x.m.mu.Lock()
+	defer x.m.mu.Unlock()
+	return x.State
+}
+
+// routeSeen reports whether a BGP peer here has a route to each address of the
+// VM that is not ours.
+func (x *redirect) routeSeen() bool {
+	if x.m.bgp == nil {
+		return false
+	}
+	for _, p := range x.prefixes() {
+		sightings, err := x.m.bgp.Seen(p)
+		x.problem("BGP", err)
+		if err != nil || len(sightings) == 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// finish removes the source's end, or at the destination the tunnel's.
+func (x *redirect) finish(why string) (done bool) {
+	x.m.mu.Lock()
+	if x.m.redirects[x.Move] != x {
+		x.m.mu.Unlock()
+		return true
+	}
+	status := x.status()
+	var err error
+	resident := false
+	switch {
+	case x.Role == Destination && len(x.Plan.Stay) > 0:
+		err, resident = x.endTunnel(why), true
+	default:
+		err = x.m.removeLocked(x, why)
+	}
+	if err == nil && x.Role == Source {
+		err = x.m.endResidence(x.UUID)
+	}
+	x.m.mu.Unlock()
+	if err != nil {
+		x.m.Log.Error("redirect not removed", "move", x.Move, "error", err)
+	}
+	if x.Role == Source {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(x.ctx), 10*time.Second)
+		defer cancel()
+		if err := x.m.Call(ctx, x.Site, x.Peer, x.Move, opEnd, endRequest{why}, &struct{}{}); err != nil && !errors.Is(err, ErrUnknown) {
+			x.m.Log.Warn("the destination does not know that the tunnel is removed", "move", x.Move, "error", err)
+		}
+	}
+	x.m.Settled(status)
+	return !resident
+}
+
+// endTunnel removes what stands for the tunnel; the VM's foreign addresses are
+// served on. Called with the lock held.
+func (x *redirect) endTunnel(why string) error {
+	if !x.tunnelled() {
+		return nil
+	}
+	x.State = Resident
+	if err := x.m.journal.put(&x.record); err != nil {
+		return err
+	}
+	err := x.m.revert(x, slices.Concat(x.Plan.Tunnel, x.Plan.Arm))
+	err = errors.Join(err, x.m.uncarry(x.Device))
+	x.m.openGates()
+	x.m.Log.Info("tunnel removed", "move", x.Move, "vm", x.VM, "because", why)
+	return err
+}
+
+// endResidence ends what an earlier redirect does for a VM that lived here and
+// has left. Called with the lock held.
+func (m *Manager) endResidence(uuid string) error {
+	var errs []error
+	for _, old := range m.redirects {
+		if old.UUID == uuid && old.Role == Destination {
+			errs = append(errs, m.leave(old, "the VM has moved on"))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// retireRoutes withdraws what this host announces of a VM that has moved on.
+func (m *Manager) retireRoutes(uuid string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var errs []error
+	for _, old := range m.redirects {
+		if old.UUID == uuid && old.Role == Destination && len(old.Announced) > 0 && m.bgp != nil {
+			errs = append(errs, m.bgp.Withdraw(m.ctx, old.Announced))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// retireNames gives the names of a VM that lived here at new addresses, and has
+// left by redirect x, their old ones. It returns what is not done yet.
+func (m *Manager) retireNames(x *redirect) (waits []string) {
+	m.mu.Lock()
+	var olds []*redirect
+	for _, old := range m.redirects {
+		if old.UUID == x.UUID && old.Role == Destination && old.Mode == New && len(old.Names) > 0 && m.dns != nil {
+			olds = append(olds, old)
+		}
+	}
+	m.mu.Unlock()
+	for _, old := range olds {
+		if old.NameBack.IsZero() {
+			err := m.dns.MoveBack(x.ctx, old.Names, old.Mapped)
+			if err != nil && !errors.Is(err, names.ErrReverse) {
+				x.problem("DNS", err)
+				waits = append(waits, "the VM's names are not back at its own addresses yet")
+				continue
+			}
+			x.problem("DNS", nil)
+			old.change(func(r *record) { r.NameBack = time.Now() })
+		}
+		if left := time.Until(old.NameBack.Add(old.oldTTL())); left > 0 {
+			waits = append(waits, fmt.Sprintf("caches may have the addresses that the VM had here for %v more", left.Round(time.Second)))
+		}
+	}
+	return waits
+}
+
+// leave removes a destination's redirect with its routes. Called with the lock held.
+func (m *Manager) leave(x *redirect, why string) error {
+	if m.bgp != nil && len(x.Announced) > 0 {
+		if err := m.bgp.Withdraw(m.ctx, x.Announced); err != nil {
+			return err
+		}
+	}
+	return m.removeLocked(x, why)
+}
+
+// liveDestination moves names and routes, and judges.
+func (x *redirect) liveDestination() (done bool) {
+	present, err := x.m.Present(x.ctx, x.UUID)
+	if err == nil && !present && !x.leaving() {
+		x.m.mu.Lock()
+		defer x.m.mu.Unlock()
+		if x.m.redirects[x.Move] == x {
+			if err := x.m.leave(x, "the VM is gone from here"); err != nil {
+				x.m.Log.Error("redirect not removed", "move", x.Move, "error", err)
+			}
+		}
+		return true
+	}
+	if x.state() == Resident {
+		return false
+	}
+	x.watchTraffic()
+	x.moveNames()
+	x.moveRoutes()
+	remove, waits := decide(x.situation())
+	x.see.Lock()
+	x.waits = append(waits, x.peerWaits...)
+	remove = remove && len(x.peerWaits) == 0
+	silent := time.Since(x.lastSync)
+	x.see.Unlock()
+	x.goDirect()
+	const patience = 30 * time.Second // the source asks every few seconds
+	if remove && silent > patience {
+		x.finish("nothing uses it, and the source is silent")
+	}
+	return false
+}
+
+// leaving reports whether the VM has moved on from here by a later redirect,
+// which still needs this one.
+func (x *redirect) leaving() bool {
+	x.m.mu.Lock()
+	defer x.m.mu.Unlock()
+	for _, later := range x.m.redirects {
+		if later.UUID == x.UUID && later.Role == Source {
+			return true
+		}
+	}
+	return false
+}
+
+// situation is what decide judges.
+func (x *redirect) situation() situation {
+	flows := x.countFlows()
+	x.m.mu.Lock()
+	defer x.m.mu.Unlock()
+	x.see.Lock()
+	defer x.see.Unlock()
+	s := situation{Mode: x.Mode, Home: x.home(), Drained: x.State == Draining,
+		Names: len(x.Names), NamesKnown: x.Found, NameServed: !x.NameMoved.IsZero(), DNS: x.m.dns != nil,
+		BGP: x.m.bgp != nil, RouteSeen: !x.RouteSeen.IsZero(),
+		Idle: min(time.Since(x.seen.at), max(x.peerIdle, 0)), Quiet: x.Options.Quiet, Flows: flows, Left: time.Until(x.Deadline)}
+	if x.lastSync.IsZero() {
+		s.Idle = time.Since(x.seen.at)
+	}
+	if s.NameServed {
+		s.CachedFor = cachedFor(time.Now(), x.Lowered, x.NameMoved, x.oldTTL(), x.m.lowTTL())
+	}
+	return s
+}
+
+// home reports whether every address belongs to the destination's own networks.
+func (x *redirect) home() bool {
+	return !slices.ContainsFunc(x.NICs, func(n nic) bool { return !n.Home })
+}
+
+func (x *redirect) oldTTL() time.Duration {
+	var most uint32
+	for _, n := range x.Names {
+		most = max(most, n.TTL)
+	}
+	return time.Duration(most) * time.Second
+}
+
+func (m *Manager) lowTTL() time.Duration {
+	if m.DNS == nil || m.DNS.TTL == 0 {
+		return names.DefaultTTL
+	}
+	return m.DNS.TTL
+}
+
+// change updates the record under the lock, durably.
+func (x *redirect) change(f func(*record)) {
+	x.m.mu.Lock()
+	defer x.m.mu.Unlock()
+	f(&x.record)
+	if x.m.redirects[x.Move] == x {
+		x.problem("journal", x.m.journal.put(&x.record))
+	}
+}
+
+// findNames looks the VM's names up, and lowers their TTL if asked for.
+func (x *redirect) findNames() {
+	if x.m.dns == nil || x.Mode != New || x.Found && (!x.Options.LowerTTL || !x.Lowered.IsZero()) {
+		return
+	}
+	if !x.Found {
+		found, err := x.m.dns.Find(x.ctx, x.Options.Names, x.addresses())
+		x.problem("DNS", err)
+		if err != nil {
+			return
+		}
+		x.change(func(r *record) { r.Names, r.Found = found, true })
+	}
+	if x.Options.LowerTTL && len(x.Names) > 0 && x.Lowered.IsZero() {
+		err := x.m.dns.LowerTTL(x.ctx, x.Names)
+		x.problem("TTL", err)
+		if err == nil {
+			x.change(func(r *record) { r.Lowered = time.Now() })
+		}
+	}
+}
+
+// moveNames gives the VM's names its new addresses, checks every server, and
+// gives them their TTL back in the end.
+func (x *redirect) moveNames() {
+	x.findNames()
+	if x.m.dns == nil || x.Mode != New || !x.Found || len(x.Names) == 0 {
+		return
+	}
+	if x.NameMoved.IsZero() {
+		if err := x.m.dns.Move(x.ctx, x.Names, x.Mapped); err != nil && !errors.Is(err, names.ErrReverse) {
+			x.problem("DNS", err)
+			return
+		}
+		servers, err := x.m.dns.Status(x.ctx, x.Names, x.Mapped)
+		if err == nil {
+			err = behind(servers)
+		}
+		x.problem("DNS", err)
+		if err == nil {
+			x.change(func(r *record) { r.NameMoved = time.Now() })
+		}
+		return
+	}
+	if !x.Lowered.IsZero() && !x.Restored && cachedFor(time.Now(), x.Lowered, x.NameMoved, x.oldTTL(), x.m.lowTTL()) == 0 {
+		err := x.m.dns.RestoreTTL(x.ctx, x.Names)
+		x.problem("TTL", err)
+		if err == nil {
+			x.change(func(r *record) { r.Restored = true })
+		}
+	}
+}
+
+// behind names the servers that do not answer with the new addresses.
+func behind(servers []names.ServerStatus) error {
+	var late []string
+	for _, s := range servers {
+		switch {
+		case s.Type == "PTR":
+		case s.Problem != "":
+			late = append(late, fmt.Sprintf("%s: %s", s.Server, s.Problem))
+		case !s.Moved:
+			late = append(late, fmt.Sprintf("%s answers %s for %s", s.Server, strings.Join(s.Answer, ", "), s.Name))
+		}
+	}
+	if len(late) > 0 {
+		return fmt.Errorf("not every server has the new addresses: %s", strings.Join(late, "; "))
+	}
+	return nil
+}
+
+// moveRoutes announces the VM's addresses from here, and learns that the
+// network has them.
+func (x *redirect) moveRoutes() {
+	if x.m.bgp == nil || x.Mode != Keep || x.home() {
+		return
+	}
+	if len(x.Announced) == 0 {
+		// In the journal first: what was announced must be withdrawn some day.
+		x.change(func(r *record) { r.Announced = x.prefixes() })
+	}
+	err := x.m.bgp.Announce(x.ctx, x.Announced)
+	if err == nil {
+		for _, p := range x.m.bgp.Peers() {
+			if p.Problem != "" {
+				err = errors.Join(err, fmt.Errorf("peer %s: %s", p.Peer, p.Problem))
+			}
+		}
+	}
+	x.problem("BGP", err)
+	x.see.Lock()
+	seen := x.peerSeen
+	x.see.Unlock()
+	if x.RouteSeen.IsZero() && (seen || x.routeSeen()) {
+		x.change(func(r *record) { r.RouteSeen = time.Now() })
+	}
+}
+
+// goDirect lets the VM's own new connections leave directly once new ones find
+// it here: else they would need the tunnel for ever.
+func (x *redirect) goDirect() {
+	s := x.situation()
+	if x.Direct || !s.Drained && len(unsettled(s)) > 0 {
+		return
+	}
+	x.m.mu.Lock()
+	defer x.m.mu.Unlock()
+	if x.m.redirects[x.Move] != x || x.home() {
+		return
+	}
+	for i, step := range x.Plan.Arm {
+		if step.Table == nil || step.Table.Family != "inet" {
+			continue
+		}
+		direct := hostnet.Step{Table: destinationTable(x.needs(EgressDirect))}
+		if err := x.m.net.Replace(x.ctx, step, direct); err != nil {
+			x.problem("egress", err)
+			return
+		}
+		x.Plan.Arm[i] = direct
+	}
+	x.Direct = true
+	x.problem("journal", x.m.journal.put(&x.record))
+}
+
+// needs are those that the destination's plan was made from.
+func (x *redirect) needs(e Egress) destinationNeeds {
+	return destinationNeeds{slot: x.Slot, priority: x.Priority, device: x.Device, nics: x.hostNICs(), egress: e, mapped: x.Mapped}
+}

@@ -1,0 +1,323 @@
+package netredirect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/wanmig/wanmig/netredirect/hostnet"
+)
+
+// Caller asks the other side to serve an operation on the redirect of one move.
+type Caller func(ctx context.Context, op string, request, reply any) error
+
+// Peer is the other side of a redirect.
+type Peer struct {
+	Site    string
+	ID      string
+	Address netip.Addr // its outer address
+}
+
+// VM is what is redirected.
+type VM struct {
+	Move, Name, UUID string
+}
+
+// Ask makes what a destination has to know, and the findings at the source. nics
+// are the VM's with the addresses known; peer is the destination's address.
+func (m *Manager) Ask(o Options, nics []NIC, peer netip.Addr) (Ask, []Finding) {
+	if o.Kind == None {
+		return Ask{Options: o}, nil
+	}
+	ask := Ask{Options: o, Kinds: m.kinds(o.Kind)}
+	var findings []Finding
+	var err error
+	if _, ask.Outer, _, err = m.net.RouteTo(peer); err != nil {
+		findings = append(findings, Finding{Check: "redirect", Problem: err.Error(), Remedy: "give the host a route to the destination"})
+	}
+	for _, n := range nics {
+		bridge, err := m.bridge(n)
+		switch {
+		case err != nil:
+			findings = append(findings, Finding{Check: "redirect", Problem: fmt.Sprintf("connections by %s break: %v", n.MAC, err),
+				Remedy: "put the interface on a Linux bridge, or move its addresses by the hooks"})
+			continue
+		case len(n.Addresses) == 0:
+			findings = append(findings, Finding{Check: "redirect", Problem: fmt.Sprintf("no address of %s is known: its connections break", n.MAC),
+				Remedy: "name it with --address " + n.MAC + "=ADDRESS, or run a guest agent in the VM"})
+			continue
+		}
+		n.Addresses, findings = m.routable(n, findings)
+		if len(n.Addresses) == 0 {
+			continue
+		}
+		for _, p := range bridge.Prefixes {
+			if slices.ContainsFunc(n.Addresses, p.Contains) && !p.Addr().IsLinkLocalUnicast() {
+				n.Gateways = append(n.Gateways, p.Addr())
+			}
+		}
+		ask.NICs = append(ask.NICs, n)
+	}
+	return ask, append(findings, m.hostFindings()...)
+}
+
+// routable leaves the addresses that this host can forward.
+func (m *Manager) routable(n NIC, findings []Finding) ([]netip.Addr, []Finding) {
+	forward6, err := m.net.Sysctl("net/ipv6/conf/all/forwarding")
+	if err == nil && forward6 != "0" {
+		return n.Addresses, findings
+	}
+	left := slices.DeleteFunc(slices.Clone(n.Addresses), netip.Addr.Is6)
+	if len(left) < len(n.Addresses) {
+		findings = append(findings, Finding{Check: "redirect", Problem: "this host does not forward IPv6: the VM's IPv6 connections break",
+			Remedy: "sysctl -w net.ipv6.conf.all.forwarding=1"})
+	}
+	return left, findings
+}
+
+// hostFindings are what in this host's firewall may stop redirected packets.
+func (m *Manager) hostFindings() []Finding {
+	drops, err := m.net.ForwardPolicyDrops(m.ctx)
+	switch {
+	case errors.Is(err, hostnet.ErrNoNFT):
+		return []Finding{{Check: "redirect", Problem: err.Error(), Remedy: "apt-get install nftables, or --redirect none"}}
+	case err != nil:
+		return []Finding{{Check: "redirect", Problem: err.Error(), Remedy: "look at nft list ruleset at " + m.Site}}
+	case len(drops) > 0:
+		return []Finding{{Check: "redirect", Problem: fmt.Sprintf("%s drops what no rule of it accepts, at %s", drops[0], m.Site),
+			Remedy: `let it accept iifname "wm*" and oifname "wm*"`}}
+	}
+	return nil
+}
+
+// bridge reads the bridge of a NIC, and refuses what can't be redirected on it.
+func (m *Manager) bridge(n NIC) (hostnet.Bridge, error) {
+	if n.Bridge == "" {
+		return hostnet.Bridge{}, errors.New("it is on no Linux bridge")
+	}
+	b, err := m.net.Bridge(n.Bridge)
+	if err != nil {
+		return b, err
+	}
+	if n.Tap != "" && b.VLANAware {
+		vlan, err := m.net.PortVLAN(n.Tap)
+		if err != nil {
+			return b, err
+		}
+		if vlan > 1 {
+			return b, fmt.Errorf("bridge %s separates VLANs and %s is in VLAN %d: only a bridge of one VLAN can be redirected", n.Bridge, n.Tap, vlan)
+		}
+	}
+	return b, nil
+}
+
+// kinds are those that may be tried for what was asked for.
+func (m *Manager) kinds(k Kind) []Kind {
+	switch k {
+	case None:
+		return nil
+	case Auto:
+		return Kinds
+	}
+	return []Kind{k}
+}
+
+// Begin makes a redirect ready at both hosts, without sending anything through
+// it: a tunnel that is seen to carry packets, and everything but the switch. On
+// an error nothing is left of it.
+func (m *Manager) Begin(ctx context.Context, vm VM, peer Peer, ask Ask, offer Offer, call Caller) (*redirect, error) {
+	if len(ask.NICs) == 0 {
+		return nil, errors.New("no address of the VM can be redirected")
+	}
+	if err := offer.Validate(); err != nil {
+		return nil, err
+	}
+	var failed []error
+	for _, kind := range ask.Kinds {
+		if !slices.Contains(offer.Kinds, kind) {
+			failed = append(failed, fmt.Errorf("%s: not at the destination", kind))
+			continue
+		}
+		if offer.NAT && kind != QUIC {
+			failed = append(failed, fmt.Errorf("%s: there is address translation on the way", kind))
+			continue
+		}
+		x, err := m.try(ctx, vm, peer, ask, offer, kind, call)
+		if err == nil {
+			return x, nil
+		}
+		failed = append(failed, fmt.Errorf("%s: %w", kind, err))
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, fmt.Errorf("no tunnel to %s carries packets: %w", peer.Site, errors.Join(failed...))
+}
+
+// Overheads of a packet in a tunnel, in bytes.
+const (
+	overhead4 = 20 // IPv4 (RFC 2003)
+	overhead6 = 40 // IPv6 (RFC 2473)
+)
+
+func (m *Manager) try(ctx context.Context, vm VM, peer Peer, ask Ask, offer Offer, kind Kind, call Caller) (x *redirect, err error) {
+	_, local, path, err := m.net.RouteTo(peer.Address)
+	if err != nil {
+		return nil, err
+	}
+	mtu := tunnelMTU(kind, peer.Address, path)
+	r := &record{Move: vm.Move, VM: vm.Name, UUID: vm.UUID, Site: peer.Site, Peer: peer.ID, Role: Source, State: Opening, Options: ask.Options,
+		Kind: kind, Device: deviceName(peer.ID, kind), Local: local, Remote: peer.Address, MTU: mtu, Began: time.Now()}
+	var nics []hostNIC
+	for _, n := range ask.NICs {
+		b, err := m.bridge(n)
+		if err != nil {
+			return nil, err
+		}
+		nics = append(nics, hostNIC{NIC: n, bridgeMAC: b.MAC.String()})
+	}
+	r.setNICs(nics)
+	if x, err = m.open(ctx, r); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			defer cancel()
+			_ = call(clean, opEnd, endRequest{"the source could not open it"}, &struct{}{}) // the session's end says it too
+			x.Undo(err.Error())
+		}
+	}()
+	var opened openReply
+	if err := call(ctx, opOpen, openRequest{Kind: kind, Outer: local, MTU: mtu, Options: ask.Options, NICs: ask.NICs}, &opened); err != nil {
+		return nil, err
+	}
+	if err := m.fit(ctx, x, call); err != nil {
+		return nil, err
+	}
+	if err := m.arm(ctx, x); err != nil {
+		return nil, err
+	}
+	var armed armReply
+	if err := call(ctx, opArm, armRequest{}, &armed); err != nil {
+		return nil, err
+	}
+	x.change(func(r *record) { r.State, r.Mode, r.Mapped = Armed, armed.Mode, armed.Mapped })
+	m.Log.Info("redirect ready", "move", x.Move, "vm", x.VM, "to", peer.Site, "kind", kind, "mtu", x.MTU)
+	return x, nil
+}
+
+// tunnelMTU is the longest packet inside a tunnel over a path.
+func tunnelMTU(kind Kind, outer netip.Addr, path int) int {
+	if path < minMTU || path > maxMTU {
+		path = 1500
+	}
+	switch {
+	case kind == QUIC:
+		return 1280 // until the path's is known: what IPv6 needs
+	case outer.Is6():
+		return path - overhead6
+	}
+	return path - overhead4
+}
+
+// open makes this end of the tunnel.
+func (m *Manager) open(ctx context.Context, r *record) (*redirect, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	x, err := m.add(r)
+	if err != nil {
+		return nil, err
+	}
+	for _, other := range m.redirects { // a tunnel that stands has its size
+		if other != x && other.Device == x.Device && other.tunnelled() {
+			x.MTU = other.MTU
+		}
+	}
+	x.Plan.Tunnel = planTunnel(tunnelFacts{kind: x.Kind, device: x.Device, local: x.Local, remote: x.Remote, mtu: x.MTU})
+	if err = m.journal.put(&x.record); err == nil {
+		err = m.carry(&x.record, x.Role == Source)
+	}
+	if err == nil {
+		m.openGates()
+		err = m.apply(ctx, x, x.Plan.Tunnel)
+	}
+	if err != nil {
+		return nil, errors.Join(err, m.removeLocked(x, "its tunnel was not made"))
+	}
+	return x, nil
+}
+
+// fit finds the longest packets that come through the tunnel, and has both ends
+// use that.
+func (m *Manager) fit(ctx context.Context, x *redirect, call Caller) error {
+	sizes := []int{x.MTU, 1400, 1280}
+	if x.Kind == QUIC {
+		wait, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		longest, err := m.tunnel(x.Device).awaitConnection(wait, 1400)
+		if err != nil {
+			return err
+		}
+		sizes = []int{longest, 1280}
+	}
+	for i, size := range sizes {
+		if size > sizes[0] && x.Kind != QUIC || i > 0 && size >= sizes[i-1] {
+			continue
+		}
+		if size != x.MTU {
+			if err := call(ctx, opResize, resizeRequest{size}, &struct{}{}); err != nil {
+				return err
+			}
+			if err := m.resize(ctx, x, size); err != nil {
+				return err
+			}
+		}
+		answered, err := m.probe(ctx, x, size)
+		if err != nil {
+			return err
+		}
+		if answered {
+			return nil
+		}
+	}
+	return errors.New("no packet comes back through it: a firewall on the way may drop it")
+}
+
+func (m *Manager) tunnel(device string) *carried {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.tunnels[device]
+}
+
+// resize changes the MTU of the tunnel's device.
+func (m *Manager) resize(ctx context.Context, x *redirect, mtu int) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	x.MTU = mtu
+	before := x.Plan.Tunnel
+	x.Plan.Tunnel = planTunnel(tunnelFacts{kind: x.Kind, device: x.Device, local: x.Local, remote: x.Remote, mtu: mtu})
+	if err := m.journal.put(&x.record); err != nil {
+		return err
+	}
+	if t := m.tunnels[x.Device]; t != nil {
+		return t.user.SetMTU(mtu)
+	}
+	return m.net.Replace(ctx, before[0], x.Plan.Tunnel[0])
+}
+
+// arm makes everything of a source but the switch.
+func (m *Manager) arm(ctx context.Context, x *redirect) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	plan := planSource(x.Slot, x.Priority, x.Device, x.hostNICs())
+	var err error
+	if plan.Arm, err = m.rememberSysctls(plan.Arm); err != nil {
+		return err
+	}
+	x.Plan.Arm, x.Plan.Switch = plan.Arm, plan.Switch
+	return m.apply(ctx, x, x.Plan.Arm)
+}

@@ -1,0 +1,130 @@
+package netredirect
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// Ask is what a source wants a destination to know before a move. It travels
+// with the checks.
+type Ask struct {
+	Options Options    `json:"options"`
+	Kinds   []Kind     `json:"kinds"` // that the source's host can make
+	Outer   netip.Addr `json:"outer"` // the source's address towards the destination, as it sees it
+	NICs    []NIC      `json:"nics"`  // as at the source
+}
+
+// Offer is the destination's answer to an Ask.
+type Offer struct {
+	Kinds    []Kind                    `json:"kinds"`
+	Outer    netip.Addr                `json:"outer"`
+	NAT      bool                      `json:"nat,omitempty"` // it sees the source at another address than the source does
+	Mode     Mode                      `json:"mode"`
+	Mapped   map[netip.Addr]netip.Addr `json:"mapped,omitempty"` // the new addresses that the VM would get
+	Steps    []string                  `json:"steps"`            // what it would type
+	Findings []Finding                 `json:"findings,omitempty"`
+}
+
+// The operations that a source asks of a destination for a move, and their
+// messages.
+const (
+	opOpen   = "open"   // openRequest → openReply: make the tunnel's end
+	opResize = "resize" // resizeRequest: change the tunnel's MTU
+	opArm    = "arm"    // armRequest → armReply: make ready for the VM's packets
+	opEnd    = "end"    // endRequest: undo what stands for the tunnel
+	opSync   = "sync"   // syncRequest → syncReply: how it stands; after the move
+)
+
+type openRequest struct {
+	Kind    Kind       `json:"kind"`
+	Outer   netip.Addr `json:"outer"`
+	MTU     int        `json:"mtu"`
+	Options Options    `json:"options"`
+	NICs    []NIC      `json:"nics"`
+}
+
+type openReply struct {
+	Outer netip.Addr `json:"outer"`
+}
+
+type resizeRequest struct {
+	MTU int `json:"mtu"`
+}
+
+type armRequest struct{}
+
+type armReply struct {
+	Mode   Mode                      `json:"mode"`
+	Mapped map[netip.Addr]netip.Addr `json:"mapped,omitempty"`
+}
+
+type endRequest struct {
+	Reason string `json:"reason"`
+}
+
+// syncRequest is what the source has seen since the last one.
+type syncRequest struct {
+	Idle      time.Duration `json:"idle_ns"`    // since a packet of the VM passed the tunnel there
+	RouteSeen bool          `json:"route_seen"` // its BGP peers have a route to the VM by the destination
+	Draining  bool          `json:"draining"`   // an operator there said so
+	Waits     []string      `json:"waits,omitempty"`
+}
+
+type syncReply struct {
+	Remove  bool     `json:"remove"`  // the tunnel can go
+	Serving bool     `json:"serving"` // routes lead there, so older ones can be withdrawn
+	Waits   []string `json:"waits"`   // what it waits for
+	Flows   []Flow   `json:"flows,omitempty"`
+}
+
+const (
+	minMTU  = 576
+	maxMTU  = 9216
+	maxText = 1 << 10
+)
+
+func (a Ask) validate() error {
+	if len(a.Kinds) > len(Kinds) {
+		return errors.New("more kinds of tunnels than there are")
+	}
+	if err := a.Options.Validate(); err != nil {
+		return err
+	}
+	return validateNICs(a.NICs)
+}
+
+// Validate checks what a destination answered.
+func (o Offer) Validate() error {
+	switch {
+	case len(o.Kinds) > len(Kinds) || len(o.Steps) > 1000 || len(o.Findings) > 100:
+		return errors.New("the destination's answer about redirection is out of bounds")
+	case o.Mode != Keep && o.Mode != New && o.Mode != "":
+		return fmt.Errorf("the destination answers with the unknown mode %.20q", o.Mode)
+	}
+	return nil
+}
+
+func (r openRequest) validate() error {
+	switch {
+	case !slices.Contains(Kinds, r.Kind):
+		return fmt.Errorf("tunnel kind %.20q is not known here: update this agent", r.Kind)
+	case r.MTU < minMTU || r.MTU > maxMTU:
+		return fmt.Errorf("tunnel MTU %d is out of bounds", r.MTU)
+	}
+	if err := r.Options.Validate(); err != nil {
+		return err
+	}
+	return validateNICs(r.NICs)
+}
+
+func decode[T any](body []byte) (T, error) {
+	var v T
+	if err := json.Unmarshal(body, &v); err != nil {
+		return v, fmt.Errorf("message about a redirect: %w", err)
+	}
+	return v, nil
+}
