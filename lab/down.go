@@ -54,7 +54,10 @@ func Down(ctx context.Context, dir string) error {
 	return l.remove(ctx)
 }
 
-const downTimeout = 30 * time.Second
+const (
+	downTimeout = 30 * time.Second
+	busyTimeout = 5 * time.Second
+)
 
 // remove kills and deletes whatever there is of the lab.
 func (l *Lab) remove(ctx context.Context) error {
@@ -64,7 +67,10 @@ func (l *Lab) remove(ctx context.Context) error {
 		return err
 	}
 	for _, s := range l.Sites {
-		if err := removeNamespace(s.Namespace); err != nil {
+		patient, cancel := context.WithTimeout(ctx, busyTimeout)
+		err := removeNamespace(patient, s.Namespace)
+		cancel()
+		if err != nil {
 			return err
 		}
 	}

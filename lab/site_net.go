@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -19,7 +20,7 @@ const namespaceDir = "/run/netns"
 // nameNamespace gives a network namespace, a file below /proc, a name for ip
 // netns, and a life beyond its processes.
 func nameNamespace(namespace, name string) error {
-	if err := os.MkdirAll(namespaceDir, 0o755); err != nil {
+	if err := shareNamespaceDir(); err != nil {
 		return fmt.Errorf("name network namespace: %w", err)
 	}
 	path := filepath.Join(namespaceDir, name)
@@ -34,17 +35,56 @@ func nameNamespace(namespace, name string) error {
 	return nil
 }
 
-// removeNamespace takes the name away, however far nameNamespace came.
-func removeNamespace(name string) error {
-	path := filepath.Join(namespaceDir, name)
-	// EINVAL: not mounted.
-	if err := unix.Unmount(path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("unmount %s: %w", path, err)
+// shareNamespaceDir mounts namespaceDir onto itself as ip netns does when it
+// first finds it a plain directory. Were that left to ip, its mount would cover
+// names that exist by then, and nobody could unmount them any more.
+func shareNamespaceDir() error {
+	if err := os.MkdirAll(namespaceDir, 0o755); err != nil {
+		return err
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove network namespace: %w", err)
+	dir, err := os.Open(namespaceDir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	// ip netns takes this lock too, so that only one of all makes the mount.
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", namespaceDir, err)
+	}
+	err = unix.Mount("", namespaceDir, "none", unix.MS_SHARED|unix.MS_REC, "")
+	if errors.Is(err, unix.EINVAL) { // no mount point yet
+		if err := unix.Mount(namespaceDir, namespaceDir, "none", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return fmt.Errorf("mount %s onto itself: %w", namespaceDir, err)
+		}
+		err = unix.Mount("", namespaceDir, "none", unix.MS_SHARED|unix.MS_REC, "")
+	}
+	if err != nil {
+		return fmt.Errorf("share %s: %w", namespaceDir, err)
 	}
 	return nil
+}
+
+// removeNamespace takes the name away, however far nameNamespace came.
+func removeNamespace(ctx context.Context, name string) error {
+	path := filepath.Join(namespaceDir, name)
+	for {
+		// EINVAL: not mounted.
+		if err := unix.Unmount(path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("unmount %s: %w", path, err)
+		}
+		err := os.Remove(path)
+		if err == nil || errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		// Mounted again or still, through a copy of namespaceDir.
+		if !errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("remove network namespace: %w", err)
+		}
+		if pause(ctx) != nil {
+			return fmt.Errorf("remove network namespace: %w: if %s was mounted over after the lab was made, umount --lazy %s and run wanlab down again",
+				err, namespaceDir, namespaceDir)
+		}
+	}
 }
 
 // onThread runs f on a thread that enter has moved to another network
