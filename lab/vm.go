@@ -107,6 +107,8 @@ type VM struct {
 	UUID    string     `json:"uuid"`
 	MAC     string     `json:"mac"`
 	Address netip.Addr `json:"address"` // IPv4, in the guests' network of the site where it was made
+	// Address6 is in the same site's IPv6 network, and ends like Address: 10.10.0.12 has fd00:10::12.
+	Address6 netip.Addr `json:"address6"`
 	// LinkLocal is the guest's IPv6 address on the bridge of whichever site it runs at.
 	LinkLocal netip.Addr `json:"link_local"`
 	Home      string     `json:"home"`  // site where it was made
@@ -253,9 +255,10 @@ func (v *VM) seed() uint64 {
 }
 
 func (v *VM) cmdline(site *Site, o VMOptions) string {
-	return fmt.Sprintf("console=ttyS0 quiet loglevel=4 mitigations=off panic=1 wanlab.name=%s wanlab.address=%s wanlab.gateway=%s wanlab.seed=%x"+
-		" wanlab.disks=%d wanlab.dirty=%d wanlab.write=%d wanlab.working-set=%d",
-		url.PathEscape(v.Name), netip.PrefixFrom(v.Address, site.BridgeAddr.Bits()), site.BridgeAddr.Addr(), v.seed(),
+	return fmt.Sprintf("console=ttyS0 quiet loglevel=4 mitigations=off panic=1 wanlab.name=%s wanlab.address=%s wanlab.gateway=%s"+
+		" wanlab.address6=%s wanlab.gateway6=%s wanlab.seed=%x wanlab.disks=%d wanlab.dirty=%d wanlab.write=%d wanlab.working-set=%d",
+		url.PathEscape(v.Name), netip.PrefixFrom(v.Address, site.BridgeAddr.Bits()), site.BridgeAddr.Addr(),
+		netip.PrefixFrom(v.Address6, site.BridgeAddr6.Bits()), site.BridgeAddr6.Addr(), v.seed(),
 		len(o.Disks), o.Dirty, o.Write, o.WorkingSet)
 }
 

@@ -116,11 +116,18 @@ func (l *Lab) register(name, site string) (*VM, error) {
 			break
 		}
 	}
+	v.Address6 = sameHost(l.Sites[site].BridgeAddr6, v.Address)
 	h := sha256.Sum256([]byte(l.ID + "/" + name))
 	h[6], h[8] = h[6]&0x0f|0x40, h[8]&0x3f|0x80
 	id := hex.EncodeToString(h[:16])
 	v.UUID = id[:8] + "-" + id[8:12] + "-" + id[12:16] + "-" + id[16:20] + "-" + id[20:]
 	return v, v.save()
+}
+
+// sameHost is the address in an IPv6 network whose last group reads like the
+// last number of an IPv4 address.
+func sameHost(network netip.Prefix, host netip.Addr) netip.Addr {
+	return netip.MustParseAddr(fmt.Sprintf("%s%d", network.Masked().Addr(), host.As4()[3]))
 }
 
 func (v *VM) save() error {

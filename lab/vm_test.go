@@ -3,6 +3,7 @@ package lab
 import (
 	"encoding/xml"
 	"errors"
+	"fmt"
 	"io"
 	"net/netip"
 	"reflect"
@@ -182,9 +183,9 @@ func TestRegisterGivesEachVMItsOwn(t *testing.T) {
 		}
 		vms = append(vms, v)
 	}
-	for i, want := range []string{"10.10.0.10", "10.10.0.11", "10.20.0.10"} {
-		if vms[i].Address.String() != want {
-			t.Errorf("%s has %s, want %s", vms[i].Name, vms[i].Address, want)
+	for i, want := range []string{"10.10.0.10 fd00:10::10", "10.10.0.11 fd00:10::11", "10.20.0.10 fd00:20::10"} {
+		if got := fmt.Sprint(vms[i].Address, " ", vms[i].Address6); got != want {
+			t.Errorf("%s has %s, want %s", vms[i].Name, got, want)
 		}
 	}
 	if vms[0].MAC == vms[1].MAC || vms[0].UUID == vms[1].UUID {

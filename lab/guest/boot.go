@@ -22,12 +22,18 @@ import (
 
 // settings come from the kernel's command line, as wanlab.KEY=VALUE.
 type settings struct {
-	name    string // percent-encoded on the command line
-	address string // IPv4 with prefix length
+	name  string // percent-encoded on the command line
+	ipv4  family
+	ipv6  family // besides the link-local address
+	seed  uint64
+	disks int // to wait for
+	load  api.Load
+}
+
+// family is the guest's place in one IP version, or empty.
+type family struct {
+	address string // with prefix length
 	gateway string
-	seed    uint64
-	disks   int // to wait for
-	load    api.Load
 }
 
 func parseSettings(cmdline string) (settings, error) {
@@ -43,9 +49,13 @@ func parseSettings(cmdline string) (settings, error) {
 		case "name":
 			s.name, err = url.PathUnescape(value)
 		case "address":
-			s.address = value
+			s.ipv4.address = value
 		case "gateway":
-			s.gateway = value
+			s.ipv4.gateway = value
+		case "address6":
+			s.ipv6.address = value
+		case "gateway6":
+			s.ipv6.gateway = value
 		case "seed":
 			s.seed, err = strconv.ParseUint(value, 16, 64)
 		case "disks":
@@ -102,8 +112,8 @@ func loadModules() error {
 	return nil
 }
 
-// bringUpNetwork gives the first Ethernet device its address; its IPv6 link-local address follows from the MAC, and is
-// usable at once. Router advertisements are not listened to.
+// bringUpNetwork gives the first Ethernet device its addresses; its IPv6 link-local address follows from the MAC, and is
+// usable at once like the others. Router advertisements are not listened to.
 func bringUpNetwork(s settings) error {
 	for _, conf := range []string{"accept_ra", "autoconf", "accept_dad", "dad_transmits"} {
 		for _, scope := range []string{"all", "default", "eth0"} {
@@ -125,25 +135,34 @@ func bringUpNetwork(s settings) error {
 	if err := netlink.LinkSetUp(eth); err != nil {
 		return fmt.Errorf("eth0: %w", err)
 	}
-	if s.address == "" {
+	for _, f := range []family{s.ipv4, s.ipv6} {
+		if err := f.bringUp(eth); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (f family) bringUp(eth netlink.Link) error {
+	if f.address == "" {
 		return nil
 	}
-	address, err := netlink.ParseAddr(s.address)
+	address, err := netlink.ParseAddr(f.address)
 	if err != nil {
-		return fmt.Errorf("address %q: %w", s.address, err)
+		return fmt.Errorf("address %q: %w", f.address, err)
 	}
 	if err := netlink.AddrAdd(eth, address); err != nil {
-		return fmt.Errorf("address %s: %w", s.address, err)
+		return fmt.Errorf("address %s: %w", f.address, err)
 	}
-	if s.gateway == "" {
+	if f.gateway == "" {
 		return nil
 	}
-	gateway := net.ParseIP(s.gateway)
+	gateway := net.ParseIP(f.gateway)
 	if gateway == nil {
-		return fmt.Errorf("gateway %q is not an address", s.gateway)
+		return fmt.Errorf("gateway %q is not an address", f.gateway)
 	}
 	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: eth.Attrs().Index, Gw: gateway}); err != nil {
-		return fmt.Errorf("gateway %s: %w", s.gateway, err)
+		return fmt.Errorf("gateway %s: %w", f.gateway, err)
 	}
 	return nil
 }
