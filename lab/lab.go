@@ -59,13 +59,16 @@ var (
 
 // Lab is a lab as DIR/lab.json describes it.
 type Lab struct {
-	Dir        string           `json:"dir"`
-	ID         string           `json:"id"`         // tells labs on one machine apart
-	Supervisor int              `json:"supervisor"` // process ID
-	Control    string           `json:"control"`    // unix socket of the supervisor
-	Wanmig     string           `json:"wanmig"`     // the program of the agents, empty without agents
-	Link       LinkSettings     `json:"link"`       // as of Up; LinkState has what they are now
-	Sites      map[string]*Site `json:"sites"`
+	Dir        string       `json:"dir"`
+	ID         string       `json:"id"`         // tells labs on one machine apart
+	Supervisor int          `json:"supervisor"` // process ID
+	Control    string       `json:"control"`    // unix socket of the supervisor
+	Wanmig     string       `json:"wanmig"`     // the program of the agents, empty without agents
+	Link       LinkSettings `json:"link"`       // as of Up; LinkState has what they are now
+	Services   bool         `json:"services"`   // with routers and name servers
+	// AgentConfig has, by site, what the agent's configuration says besides what the lab gives it.
+	AgentConfig map[string]string `json:"agent_config,omitempty"`
+	Sites       map[string]*Site  `json:"sites"`
 }
 
 // newLab describes the lab that dir would hold. Names follow from dir alone, so
@@ -139,7 +142,7 @@ func unknownSite(name string, known []string) error {
 }
 
 // Command prepares a command inside a site: in all namespaces of a data
-// centre, in the network namespace of the users. Killing it through ctx kills
+// centre, in the network and mount namespaces of the users. Killing it through ctx kills
 // the command inside too. Its working directory is the caller's, and the lab's
 // wanmig is found first in its PATH.
 func (l *Lab) Command(ctx context.Context, site, name string, args ...string) (*exec.Cmd, error) {
@@ -151,13 +154,12 @@ func (l *Lab) Command(ctx context.Context, site, name string, args ...string) (*
 	if err != nil {
 		return nil, fmt.Errorf("find working directory: %w", err)
 	}
-	var enter []string
-	if s.Pid == 0 {
-		enter = []string{"--net=" + s.namespacePath(), "--"}
+	enter := []string{"--target=" + strconv.Itoa(s.Pid), "--mount", "--net", "--wdns=" + dir}
+	if s.Name == Users {
+		enter = append(enter, "--")
 	} else {
 		// nsenter forks to enter a PID namespace; setpriv ties the child to it.
-		enter = []string{"--target=" + strconv.Itoa(s.Pid), "--mount", "--uts", "--ipc", "--net", "--pid",
-			"--wdns=" + dir, "--", "setpriv", "--pdeathsig", "KILL", "--"}
+		enter = append(enter, "--uts", "--ipc", "--pid", "--", "setpriv", "--pdeathsig", "KILL", "--")
 	}
 	if err := s.alive(); err != nil {
 		return nil, err

@@ -127,8 +127,8 @@ func TestRemoveFiles(t *testing.T) {
 		}
 		lock.Close()
 		l := newLab(dir)
-		for _, dc := range DataCentres {
-			if err := l.Sites[dc].makePrivateDirs(); err != nil {
+		for _, s := range l.Sites {
+			if err := l.makePrivateDirs(s); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -179,14 +179,8 @@ func TestParseMountPoints(t *testing.T) {
 
 func TestConfigNamesTheSite(t *testing.T) {
 	l := newLab(t.TempDir())
-	for _, name := range DataCentres {
-		s := l.Sites[name]
-		if err := s.makePrivateDirs(); err != nil {
-			t.Fatal(err)
-		}
-		if err := s.writeConfig(l); err != nil {
-			t.Fatal(err)
-		}
+	if err := l.writeConfig(); err != nil {
+		t.Fatal(err)
 	}
 	want := "site: remote-dc\nlisten: \"10.255.0.2:7946\"\napi: /run/wanmig/agent.sock\nstate: /var/lib/wanmig\nlibvirt: /run/libvirt/libvirt-sock\n"
 	if got, err := os.ReadFile(l.Sites[RemoteDC].Dir + "/etc/wanmig/agent.yaml"); err != nil || string(got) != want {

@@ -85,8 +85,10 @@ func lookPath(program string) (string, error) {
 	return "", fmt.Errorf("find %s: %w", program, err)
 }
 
-// requirements are programs and the Debian packages that have them.
-var requirements = []struct{ program, apt string }{
+// requirement is a program and the Debian package that has it.
+type requirement struct{ program, apt string }
+
+var requirements = []requirement{
 	{"libvirtd", "libvirt-daemon"},
 	{"virsh", "libvirt-clients"},
 	{"qemu-system-x86_64", "qemu-system-x86"},
@@ -95,13 +97,25 @@ var requirements = []struct{ program, apt string }{
 	{"setpriv", "util-linux"},
 }
 
+var servicesRequirements = []requirement{
+	{"bird", "bird2"},
+	{"birdc", "bird2"},
+	{"named", "bind9"},
+	{"dig", "bind9-dnsutils"},
+	{"nsupdate", "bind9-dnsutils"},
+}
+
 // checkHost finds what Up would miss.
-func checkHost() error {
+func checkHost(services bool) error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("wanlab needs root, for network namespaces and libvirtd: use sudo")
 	}
+	wanted := requirements
+	if services {
+		wanted = slices.Concat(requirements, servicesRequirements)
+	}
 	var missing, packages []string
-	for _, r := range requirements {
+	for _, r := range wanted {
 		if _, err := lookPath(r.program); err != nil {
 			missing = append(missing, r.program)
 			if !slices.Contains(packages, r.apt) {

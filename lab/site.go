@@ -27,11 +27,11 @@ var DataCentres = []string{LocalDC, RemoteDC}
 type Site struct {
 	Name      string `json:"name"`
 	Namespace string `json:"namespace"` // network namespace, a name for ip netns
-	Dir       string `json:"dir,omitempty"`
+	Dir       string `json:"dir"`
+	Pid       int    `json:"pid,omitempty"` // of its init
+	Control   string `json:"control"`
 
 	// Of data centres only.
-	Pid           int            `json:"pid,omitempty"` // of its init
-	Control       string         `json:"control,omitempty"`
 	LibvirtSocket string         `json:"libvirt_socket,omitempty"`
 	LibvirtURI    string         `json:"libvirt_uri,omitempty"` // for virsh at the other data centre
 	AgentSocket   string         `json:"agent_socket,omitempty"`
@@ -42,9 +42,12 @@ type Site struct {
 	BridgeAddr    netip.Prefix   `json:"bridge_addr,omitzero"` // gateway and network of the guests
 	BridgeAddr6   netip.Prefix   `json:"bridge_addr6,omitzero"`
 
-	// Of the users only.
-	Addr  netip.Prefix `json:"addr,omitzero"`
-	Addr6 netip.Prefix `json:"addr6,omitzero"`
+	// Of the users only: on the guests' network of local-dc, and, in a lab with
+	// services, the addresses from which they send.
+	Addr      netip.Prefix `json:"addr,omitzero"`
+	Addr6     netip.Prefix `json:"addr6,omitzero"`
+	Loopback  netip.Prefix `json:"loopback,omitzero"`
+	Loopback6 netip.Prefix `json:"loopback6,omitzero"`
 }
 
 const (
@@ -55,11 +58,16 @@ const (
 	libvirtPort = 16509
 )
 
-func newDataCentre(l *Lab, name string) *Site {
-	n := 1 // the number of the data centre in its addresses
+// dcNumber is the number of a data centre in its addresses.
+func dcNumber(name string) int {
 	if name == RemoteDC {
-		n = 2
+		return 2
 	}
+	return 1
+}
+
+func newDataCentre(l *Lab, name string) *Site {
+	n := dcNumber(name)
 	dir := filepath.Join(l.Dir, "sites", name)
 	wan := netip.MustParsePrefix(fmt.Sprintf("10.255.0.%d/30", n))
 	return &Site{
@@ -80,9 +88,12 @@ func newDataCentre(l *Lab, name string) *Site {
 }
 
 func newUsers(l *Lab) *Site {
+	dir := filepath.Join(l.Dir, "sites", Users)
 	return &Site{
 		Name:      Users,
 		Namespace: "wanlab-" + l.ID + "-" + Users,
+		Dir:       dir,
+		Control:   filepath.Join(dir, "init.sock"),
 		Addr:      netip.MustParsePrefix("10.10.0.100/24"),
 		Addr6:     netip.MustParsePrefix("fd00:10::100/64"),
 	}
@@ -100,7 +111,7 @@ func (s *Site) peer() string {
 
 // alive says why a site cannot be entered.
 func (s *Site) alive() error {
-	if s.Pid != 0 && !isSiteInit(s.Pid, s.Name) {
+	if !isSiteInit(s.Pid, s.Name) {
 		return fmt.Errorf("site %s does not run: remove the lab with wanlab down and make it again with wanlab up", s.Name)
 	}
 	if _, err := os.Stat(s.namespacePath()); err != nil {
@@ -109,10 +120,12 @@ func (s *Site) alive() error {
 	return nil
 }
 
-// The daemons that a data centre's init runs.
+// The daemons that a site's init runs.
 const (
 	Libvirtd = "libvirtd"
 	Agent    = "agent"
+	Bird     = "bird"
+	Named    = "named"
 )
 
 // DaemonStatus says whether a daemon runs, and otherwise how it ended.

@@ -7,8 +7,33 @@ import (
 	"strings"
 )
 
-// writeConfig writes the files that the site's daemons read.
+// writeConfig makes the sites' directories and the files that their daemons read.
+func (l *Lab) writeConfig() error {
+	for _, s := range l.Sites {
+		if err := l.makePrivateDirs(s); err != nil {
+			return err
+		}
+	}
+	for _, name := range DataCentres {
+		if err := l.Sites[name].writeConfig(l); err != nil {
+			return err
+		}
+	}
+	if !l.Services {
+		return nil
+	}
+	if err := l.writeBird(); err != nil {
+		return err
+	}
+	return l.writeNamed()
+}
+
+// writeConfig writes the files of a data centre that every lab has.
 func (s *Site) writeConfig(l *Lab) error {
+	agent, err := l.agentConfig(s)
+	if err != nil {
+		return err
+	}
 	passwd, err := withLine(passwdFile, libvirtUser+":x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin")
 	if err != nil {
 		return err
@@ -23,7 +48,7 @@ func (s *Site) writeConfig(l *Lab) error {
 		hostsFile:                    hosts(l),
 		"/etc/libvirt/libvirtd.conf": s.libvirtdConfig(l.ID),
 		"/etc/libvirt/qemu.conf":     s.qemuConfig(),
-		"/etc/wanmig/agent.yaml":     s.agentConfig(),
+		agentFile:                    agent,
 	}
 	for path, text := range files {
 		if err := os.WriteFile(s.Dir+path, []byte(text), 0o644); err != nil {
@@ -98,13 +123,4 @@ stdio_handler = "file"
 remember_owner = 0
 migration_host = "%s"
 `, s.WANAddr.Addr())
-}
-
-func (s *Site) agentConfig() string {
-	return fmt.Sprintf(`site: %s
-listen: "%s"
-api: /run/wanmig/agent.sock
-state: /var/lib/wanmig
-libvirt: /run/libvirt/libvirt-sock
-`, s.Name, s.AgentAddr)
 }

@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// runSiteInit is process 1 of a data centre. It mounts the site's own
-// directories, starts and kills daemons when asked, and reaps whatever is
-// orphaned to it. It ends only by being killed.
+// runSiteInit is process 1 of a data centre, and a process of the users. It
+// mounts the site's own directories, starts and kills daemons when asked, and
+// reaps whatever is orphaned to it. It ends only by being killed.
 func runSiteInit(dir, name string, ready *os.File) error {
 	l, err := Open(dir)
 	if err != nil {
@@ -26,11 +26,13 @@ func runSiteInit(dir, name string, ready *os.File) error {
 	if err != nil {
 		return err
 	}
-	if err := s.mountSite(); err != nil {
+	if err := l.mountSite(s); err != nil {
 		return err
 	}
-	if err := unix.Sethostname([]byte(name)); err != nil {
-		return fmt.Errorf("set host name: %w", err)
+	if name != Users {
+		if err := unix.Sethostname([]byte(name)); err != nil {
+			return fmt.Errorf("set host name: %w", err)
+		}
 	}
 	d := newDaemons(l, s)
 	go d.reap() // for as long as the process lives
@@ -44,7 +46,7 @@ func runSiteInit(dir, name string, ready *os.File) error {
 	return http.Serve(listener, d.handler())
 }
 
-// daemons are the processes that a data centre's init was asked to run.
+// daemons are the processes that a site's init was asked to run.
 type daemons struct {
 	children chan os.Signal // SIGCHLD
 	byName   map[string]*daemon
@@ -62,11 +64,21 @@ type daemon struct {
 }
 
 func newDaemons(l *Lab, s *Site) *daemons {
-	d := &daemons{children: make(chan os.Signal, 1), byName: map[string]*daemon{
-		Libvirtd: {program: "libvirtd", args: []string{"--listen"}, log: s.log(Libvirtd)},
-	}}
-	if l.Wanmig != "" {
-		d.byName[Agent] = &daemon{program: l.Wanmig, args: []string{"agent", "--config", "/etc/wanmig/agent.yaml"}, log: s.log(Agent)}
+	d := &daemons{children: make(chan os.Signal, 1), byName: map[string]*daemon{}}
+	add := func(name, program string, args ...string) {
+		d.byName[name] = &daemon{program: program, args: args, log: s.log(name)}
+	}
+	if s.Name != Users {
+		add(Libvirtd, "libvirtd", "--listen")
+		if l.Wanmig != "" {
+			add(Agent, l.Wanmig, "agent", "--config", "/etc/wanmig/agent.yaml")
+		}
+	}
+	if l.Services {
+		add(Bird, "bird", "-f", "-c", s.birdConfig(), "-s", s.birdSocket())
+		if s.Name == LocalDC {
+			add(Named, "named", "-g", "-n", "1", "-c", namedFile)
+		}
 	}
 	signal.Notify(d.children, unix.SIGCHLD)
 	return d
@@ -135,7 +147,9 @@ func (d *daemons) start(name string) error {
 		Dir:   "/",
 		Env:   os.Environ(),
 		Files: []uintptr{null.Fd(), log.Fd(), log.Fd()},
-		Sys:   &syscall.SysProcAttr{Setsid: true},
+		// The kernel kills what is in a data centre with its init anyway. No thread
+		// of init's ends before init, since none is locked to a goroutine.
+		Sys: &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL},
 	})
 	if err != nil {
 		return fmt.Errorf("start %s: %w", program, err)

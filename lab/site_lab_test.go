@@ -346,7 +346,10 @@ func TestDownAfterAHalfMadeUp(t *testing.T) {
 				return err
 			}
 			lock.Close()
-			return newLab(dir).Sites[Users].makeNamespace()
+			// Never the host's own: down kills what is in it.
+			return onThread(func() error { return unix.Unshare(unix.CLONE_NEWNET) }, func() error {
+				return nameNamespace(fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid()), newLab(dir).Sites[Users].Namespace)
+			})
 		},
 		"namespace file only": func(dir string) error {
 			return os.WriteFile(newLab(dir).Sites[LocalDC].namespacePath(), nil, 0o444)

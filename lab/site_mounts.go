@@ -11,27 +11,51 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// privateDirs are the directories that each data centre has for itself.
-var privateDirs = []string{
-	"/run",
-	"/etc/libvirt",
-	"/etc/wanmig",
-	"/var/lib/libvirt",
-	"/var/lib/wanmig",
-	"/var/log/libvirt",
-	"/var/cache/libvirt",
-}
+// privateDirs are the directories that each data centre has for itself, and
+// namedDirs those which it also has in a lab with services.
+var (
+	privateDirs = []string{
+		"/run",
+		"/etc/libvirt",
+		"/etc/wanmig",
+		"/var/lib/libvirt",
+		"/var/lib/wanmig",
+		"/var/log/libvirt",
+		"/var/cache/libvirt",
+	}
+	namedDirs = []string{"/etc/bind", "/var/lib/bind", "/var/cache/bind"}
+)
 
-// The files that each data centre has for itself.
+// The files that each data centre has for itself, or the users.
 const (
 	hostsFile  = "/etc/hosts"
 	passwdFile = "/etc/passwd"
 	groupFile  = "/etc/group"
+	resolvFile = "/etc/resolv.conf"
 )
 
-// makePrivateDirs makes what mountSite mounts, below the site's directory.
-func (s *Site) makePrivateDirs() error {
-	for _, dir := range append(privateDirs, "/run/lock", "/var/lib/libvirt/images", "/log") {
+// private lists the directories and files that a site has for itself.
+func (l *Lab) private(s *Site) (dirs, files []string) {
+	switch {
+	case s.Name != Users && l.Services:
+		return slices.Concat(privateDirs, namedDirs), []string{hostsFile, passwdFile, groupFile}
+	case s.Name != Users:
+		return privateDirs, []string{hostsFile, passwdFile, groupFile}
+	case l.Services:
+		return nil, []string{resolvFile}
+	}
+	return nil, nil
+}
+
+// makePrivateDirs makes what mountSite mounts, and the directories of daemons,
+// below the site's directory.
+func (l *Lab) makePrivateDirs(s *Site) error {
+	dirs, _ := l.private(s)
+	dirs = append(dirs, "/log", "/etc/bird", "/run/bird")
+	if s.Name != Users {
+		dirs = append(dirs, "/run/lock", "/var/lib/libvirt/images")
+	}
+	for _, dir := range dirs {
 		if err := os.MkdirAll(s.Dir+dir, 0o755); err != nil {
 			return fmt.Errorf("make directory of site: %w", err)
 		}
@@ -41,24 +65,30 @@ func (s *Site) makePrivateDirs() error {
 
 // mountSite turns the calling process's mount namespace, new and still a copy
 // of the host's, into the site's.
-func (s *Site) mountSite() error {
+func (l *Lab) mountSite(s *Site) error {
 	// First, or all that follows would reach the host.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("separate mounts from the host: %w", err)
 	}
-	// What lies below a mount of ours would be hidden, yet kept in use: the
-	// network namespaces in /run/netns for one.
-	hidden := append([]string{"/proc", "/sys"}, privateDirs...)
+	dirs, files := l.private(s)
+	// What lies below a mount of ours would be hidden, yet kept in use. Network
+	// namespaces would be by any copy of their mounts.
+	hidden := append([]string{namespaceDir}, dirs...)
+	if s.Name != Users {
+		hidden = append(hidden, "/proc", "/sys")
+	}
 	if err := unmountBelow(hidden); err != nil {
 		return err
 	}
-	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
-		return fmt.Errorf("mount /proc: %w", err)
+	if s.Name != Users {
+		if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+			return fmt.Errorf("mount /proc: %w", err)
+		}
+		if err := unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+			return fmt.Errorf("mount /sys: %w", err)
+		}
 	}
-	if err := unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
-		return fmt.Errorf("mount /sys: %w", err)
-	}
-	for _, path := range append([]string{hostsFile, passwdFile, groupFile}, privateDirs...) {
+	for _, path := range append(files, dirs...) {
 		if err := bindPrivate(s.Dir+path, path); err != nil {
 			return err
 		}
@@ -97,6 +127,9 @@ func makeMountPoint(from, path string) error {
 		return fmt.Errorf("mount tmpfs on %s: %w", parent, err)
 	}
 	for _, e := range entries {
+		if e.Name() == filepath.Base(path) {
+			continue // a link to nothing
+		}
 		if err := mirrorEntry(filepath.Join(originalPath, e.Name()), filepath.Join(parent, e.Name())); err != nil {
 			return err
 		}

@@ -118,15 +118,6 @@ func (s *Site) inNamespace(f func() error) error {
 	return onThread(enter, f)
 }
 
-// makeNamespace makes the users' network namespace; a data centre's is made
-// with its init.
-func (s *Site) makeNamespace() error {
-	unshare := func() error { return unix.Unshare(unix.CLONE_NEWNET) }
-	return onThread(unshare, func() error {
-		return nameNamespace(fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid()), s.Namespace)
-	})
-}
-
 // connectDataCentre makes the bridge for guests and the end of the WAN, which it
 // returns.
 func (s *Site) connectDataCentre(peer *Site) (wan tun, err error) {
@@ -173,18 +164,8 @@ func (s *Site) connectUsers(dc *Site) error {
 		if err := raise("lo"); err != nil {
 			return err
 		}
-		fd, err := unix.Open(dc.namespacePath(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("open network namespace of %s: %w", dc.Name, err)
-		}
-		defer unix.Close(fd)
-		veth := &netlink.Veth{
-			LinkAttrs:     netlink.LinkAttrs{Name: "eth0", MTU: linkMTU},
-			PeerName:      Users,
-			PeerNamespace: netlink.NsFd(fd),
-		}
-		if err := netlink.LinkAdd(veth); err != nil {
-			return fmt.Errorf("make interface: %w", err)
+		if err := s.addVeth("eth0", dc); err != nil {
+			return err
 		}
 		if err := raise("eth0", s.Addr, s.Addr6); err != nil {
 			return err
@@ -214,6 +195,27 @@ func (s *Site) connectUsers(dc *Site) error {
 		return fmt.Errorf("connect %s to %s: %w", s.Name, dc.Name, err)
 	}
 	return nil
+}
+
+// addVeth makes a cable from an interface of the users to one named after them
+// in a data centre.
+func (s *Site) addVeth(name string, dc *Site) error {
+	return s.inNamespace(func() error {
+		fd, err := unix.Open(dc.namespacePath(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open network namespace of %s: %w", dc.Name, err)
+		}
+		defer unix.Close(fd)
+		veth := &netlink.Veth{
+			LinkAttrs:     netlink.LinkAttrs{Name: name, MTU: linkMTU},
+			PeerName:      Users,
+			PeerNamespace: netlink.NsFd(fd),
+		}
+		if err := netlink.LinkAdd(veth); err != nil {
+			return fmt.Errorf("make interface: %w", err)
+		}
+		return nil
+	})
 }
 
 // setSysctls sets what a new network namespace may have inherited otherwise

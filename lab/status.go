@@ -14,11 +14,11 @@ type Status struct {
 	Problems   []string     `json:"problems,omitempty"` // what could not be read, and why
 }
 
-// SiteStatus is what runs in a data centre.
+// SiteStatus is what runs in a site: the users are among them in a lab with services.
 type SiteStatus struct {
 	Name    string                  `json:"name"`
 	Daemons map[string]DaemonStatus `json:"daemons,omitempty"`
-	Guests  []Guest                 `json:"guests"`
+	Guests  []Guest                 `json:"guests,omitzero"` // of a data centre
 }
 
 // Guest is a domain of a site's libvirtd, in a state as virsh names it.
@@ -53,6 +53,12 @@ func (l *Lab) Status(ctx context.Context) Status {
 			problem(err)
 		}
 		status.Sites = append(status.Sites, site)
+	}
+	if l.Services {
+		users := SiteStatus{Name: Users}
+		users.Daemons, err = l.Sites[Users].Daemons(ctx)
+		problem(err)
+		status.Sites = append(status.Sites, users)
 	}
 	return status
 }

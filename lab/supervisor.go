@@ -119,9 +119,12 @@ func runSupervisor(dir string, ready *os.File) error {
 	if err := l.save(); err != nil {
 		return err
 	}
-	for _, name := range DataCentres {
-		if err := l.startSite(l.Sites[name]); err != nil {
-			return fmt.Errorf("start site %s: %w", name, err)
+	if err := l.writeConfig(); err != nil {
+		return err
+	}
+	for _, s := range l.Sites {
+		if err := l.startSite(s); err != nil {
+			return fmt.Errorf("start site %s: %w", s.Name, err)
 		}
 	}
 	local, remote, users := l.Sites[LocalDC], l.Sites[RemoteDC], l.Sites[Users]
@@ -133,11 +136,13 @@ func runSupervisor(dir string, ready *os.File) error {
 	if err != nil {
 		return err
 	}
-	if err := users.makeNamespace(); err != nil {
-		return err
-	}
 	if err := users.connectUsers(local); err != nil {
 		return err
+	}
+	if l.Services {
+		if err := l.connectUplinks(); err != nil {
+			return err
+		}
 	}
 	link, err := newEmulator(l.Link, [2]string{LocalDC, RemoteDC}, [2]tun{localWAN, remoteWAN})
 	if err != nil {
@@ -159,16 +164,16 @@ func runSupervisor(dir string, ready *os.File) error {
 	return http.Serve(listener, linkHandler(link))
 }
 
-// startSite starts the init of a data centre and names its network namespace.
+// startSite starts the init of a site and names its network namespace. The
+// users' commands are ordinary processes of the host, so that they can be
+// signalled, but for network and mounts.
 func (l *Lab) startSite(s *Site) error {
-	if err := s.makePrivateDirs(); err != nil {
-		return err
-	}
-	if err := s.writeConfig(l); err != nil {
-		return err
+	var namespaces uintptr = unix.CLONE_NEWNS | unix.CLONE_NEWNET
+	if s.Name != Users {
+		namespaces |= unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC
 	}
 	init, err := startChild(siteInitName, []string{l.Dir, s.Name}, filepath.Join(s.Dir, "log", "init.log"), nil, &syscall.SysProcAttr{
-		Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWNET,
+		Cloneflags: namespaces,
 		Pdeathsig:  unix.SIGKILL,
 		Setsid:     true,
 	})

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -23,6 +24,11 @@ type Options struct {
 	Link    LinkSettings
 	Wanmig  string // the program for the agents; by default wanmig beside this program
 	NoAgent bool
+	// Services adds a router to each site and a name server to local-dc.
+	Services bool
+	// AgentConfig has, by data centre, YAML for the agent's configuration: its
+	// keys come in place of the lab's or besides them.
+	AgentConfig map[string]string
 }
 
 // The marker says that a directory is a lab's, and whether the lab made it.
@@ -48,7 +54,11 @@ func Up(ctx context.Context, o Options) (*Lab, error) {
 	}
 	defer lock.Close()
 	l := newLab(dir)
-	l.Link, l.Wanmig = o.Link, o.Wanmig
+	l.Link, l.Wanmig, l.AgentConfig = o.Link, o.Wanmig, o.AgentConfig
+	if o.Services {
+		l.Services = true
+		l.Sites[Users].Loopback, l.Sites[Users].Loopback6 = usersLoopback, usersLoopback6
+	}
 	if err := l.make(ctx, lock); err != nil {
 		// The caller may have given up; the cleaning up goes on.
 		return nil, errors.Join(err, l.remove(context.WithoutCancel(ctx)))
@@ -58,11 +68,19 @@ func Up(ctx context.Context, o Options) (*Lab, error) {
 
 // checkOptions completes the options and returns the directory.
 func checkOptions(o *Options) (string, error) {
-	if err := checkHost(); err != nil {
+	if err := checkHost(o.Services); err != nil {
 		return "", err
 	}
 	if err := o.Link.validate(); err != nil {
 		return "", err
+	}
+	for site, config := range o.AgentConfig {
+		if !slices.Contains(DataCentres, site) {
+			return "", unknownSite(site, DataCentres)
+		}
+		if _, err := overlayYAML("site: x", config); err != nil {
+			return "", fmt.Errorf("configuration of the agent of %s: %w", site, err)
+		}
 	}
 	if o.Dir == "" {
 		o.Dir = DefaultDir
@@ -176,12 +194,23 @@ func (l *Lab) make(ctx context.Context, lock *os.File) error {
 	}
 	*l = *made
 
-	var libvirtds errgroup.Group
+	var daemons errgroup.Group
 	for _, name := range DataCentres {
-		libvirtds.Go(func() error { return l.Sites[name].StartLibvirtd(ctx) })
+		daemons.Go(func() error { return l.Sites[name].StartLibvirtd(ctx) })
 	}
-	if err := libvirtds.Wait(); err != nil {
+	if l.Services {
+		for _, s := range l.Sites {
+			daemons.Go(func() error { return s.StartBird(ctx) })
+		}
+		daemons.Go(func() error { return l.Sites[LocalDC].StartNamed(ctx) })
+	}
+	if err := daemons.Wait(); err != nil {
 		return err
+	}
+	if l.Services {
+		if err := l.awaitRoutes(ctx); err != nil {
+			return err
+		}
 	}
 	if err := l.checkReach(ctx, Users, RemoteDC); err != nil {
 		return err

@@ -245,6 +245,9 @@ func (v *VM) create(ctx context.Context, im *Images, site *Site, o VMOptions) er
 		return fmt.Errorf("%w; its serial log ends:\n%s", err, v.serialEnd(site))
 	}
 	v.BootTime = time.Since(start)
+	if err := v.addRecords(ctx); err != nil {
+		return err
+	}
 	return v.save()
 }
 
@@ -385,7 +388,7 @@ func (v *VM) serialEnd(site *Site) string {
 }
 
 // Remove ends the VM wherever it is and removes it with all files that were made for it, and what a move made of its disks
-// at the other site.
+// at the other site, and its name.
 func (v *VM) Remove(ctx context.Context) error {
 	var errs []error
 	for _, dc := range DataCentres {
@@ -407,6 +410,7 @@ func (v *VM) Remove(ctx context.Context) error {
 			}
 		}
 	}
+	errs = append(errs, v.removeRecords(ctx))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove VM %q: %w", v.Name, err)
 	}

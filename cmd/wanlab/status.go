@@ -51,7 +51,7 @@ func printStatus(w io.Writer, status lab.Status) {
 	}
 	for _, site := range status.Sites {
 		fmt.Fprintf(w, "%s:\n", site.Name)
-		for _, name := range []string{lab.Libvirtd, lab.Agent} {
+		for _, name := range []string{lab.Libvirtd, lab.Agent, lab.Bird, lab.Named} {
 			if d, ok := site.Daemons[name]; ok {
 				fmt.Fprintf(w, "  %-10s%s\n", name, describeDaemon(d))
 			}

@@ -42,6 +42,7 @@ func upCommand(dir *string) *cobra.Command {
 	cmd.Flags().Uint64Var(&link.seed, "seed", 1, "seed of the losses")
 	cmd.Flags().StringVar(&o.Wanmig, "wanmig", "", "the program for the agents (default: wanmig beside wanlab)")
 	cmd.Flags().BoolVar(&o.NoAgent, "no-agent", false, "make data centres without a wanmig agent")
+	cmd.Flags().BoolVar(&o.Services, "services", false, "add routers (BIRD) to all sites and a name server (BIND) to "+lab.LocalDC)
 	return cmd
 }
 
@@ -55,6 +56,10 @@ func printSummary(w io.Writer, l *lab.Lab) {
 	users := l.Sites[lab.Users]
 	fmt.Fprintf(w, "  %-9s  %s %s on the guests' network of %s, ip netns %s\n",
 		lab.Users, users.Addr.Addr(), users.Addr6.Addr(), lab.LocalDC, users.Namespace)
+	if l.Services {
+		fmt.Fprintf(w, "  %-9s  own addresses %s %s, routers at all sites, names in %s\n",
+			"", users.Loopback.Addr(), users.Loopback6.Addr(), lab.Zone)
+	}
 	fmt.Fprintf(w, `next:
   wanlab vm web
   wanlab exec %s -- virsh list --all
