@@ -132,8 +132,14 @@ func (f *FDB) undo() string {
 		when(f.VLAN != 0, "vlan %d", f.VLAN), "master")
 }
 
-func (t *Table) command() string { return "nft -f - <<'EOF'\n" + t.text() + "EOF" }
-func (t *Table) undo() string    { return fmt.Sprintf("nft delete table %s %s", t.Family, t.Name) }
+// heredoc ends a table in the shell.
+const heredoc = "EOF"
+
+func (t *Table) command() string {
+	return fmt.Sprintf("nft -f - <<'%s'\n%s%[1]s", heredoc, t.text())
+}
+
+func (t *Table) undo() string { return fmt.Sprintf("nft delete table %s %s", t.Family, t.Name) }
 
 // text is the table in the language of nft(8).
 func (t *Table) text() string {

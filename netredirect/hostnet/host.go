@@ -62,7 +62,7 @@ func (h *Host) Apply(ctx context.Context, s Step) error {
 		return fmt.Errorf("apply: %w", err)
 	}
 	if err := c.apply(ctx, h); err != nil {
-		return fmt.Errorf("apply %q: %w", firstLine(c.command()), err)
+		return fmt.Errorf("apply %q: %w", title(c), err)
 	}
 	return nil
 }
@@ -75,7 +75,7 @@ func (h *Host) Revert(ctx context.Context, s Step) error {
 		return fmt.Errorf("revert: %w", err)
 	}
 	if err := c.revert(ctx, h); err != nil {
-		return fmt.Errorf("revert %q: %w", firstLine(c.command()), err)
+		return fmt.Errorf("revert %q: %w", title(c), err)
 	}
 	return nil
 }
@@ -154,10 +154,14 @@ func leadingTables(steps []Step) []*Table {
 // one table in the place of another, such that no packet sees neither. The old
 // one may be gone already.
 func (h *Host) Replace(ctx context.Context, old, new Step) error {
-	if err := errors.Join(old.Validate(), new.Validate()); err != nil {
+	before, err := checked(old)
+	if err != nil {
 		return fmt.Errorf("replace: %w", err)
 	}
-	var err error
+	after, err := checked(new)
+	if err != nil {
+		return fmt.Errorf("replace: %w", err)
+	}
 	switch {
 	case old.Route != nil && new.Route != nil:
 		err = h.replaceRoute(old.Route, new.Route)
@@ -167,7 +171,7 @@ func (h *Host) Replace(ctx context.Context, old, new Step) error {
 		err = invalid("only routes and tables are replaced in place")
 	}
 	if err != nil {
-		return fmt.Errorf("replace %q by %q: %w", firstLine(old.String()), firstLine(new.String()), err)
+		return fmt.Errorf("replace %q by %q: %w", title(before), title(after), err)
 	}
 	return nil
 }
@@ -179,8 +183,12 @@ func checked(s Step) (change, error) {
 	return s.change()
 }
 
-func firstLine(text string) string {
-	line, _, _ := strings.Cut(text, "\n")
+// title names a change in an error.
+func title(c change) string {
+	if t, ok := c.(*Table); ok {
+		return fmt.Sprintf("nft table %s %s", t.Family, t.Name)
+	}
+	line, _, _ := strings.Cut(c.command(), "\n")
 	return line
 }
 

@@ -244,6 +244,7 @@ func TestHostileStepIsRefused(t *testing.T) {
 		`{"table":{"family":"arp; x","name":"wanmig_0","body":""}}`,
 		`{"table":{"family":"inet","name":"wanmig_0","body":"}\nflush ruleset\ntable inet filter {"}}`,
 		`{"table":{"family":"inet","name":"wanmig_0","body":"chain c {"}}`,
+		`{"table":{"family":"inet","name":"wanmig_0","body":"EOF\nreboot"}}`,
 		`{"table":{"family":"inet","name":"wanmig_0","body":"include \"/etc/shadow\""}}`,
 		`{"table":{"family":"inet","name":"wanmig_0","body":"include\"/etc/shadow\""}}`,
 		`{"table":{"family":"inet","name":"wanmig_0","body":"chain c {;include\t\"/etc/shadow\" }"}}`,

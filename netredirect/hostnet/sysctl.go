@@ -26,14 +26,8 @@ func (h *Host) Sysctl(key string) (string, error) {
 
 func (c *Sysctl) apply(_ context.Context, h *Host) error {
 	value, err := h.Sysctl(c.Key)
-	switch {
-	case err != nil:
+	if err != nil || value == c.Value {
 		return err
-	case value == c.Value:
-		return nil
-	case value != c.Was:
-		return fmt.Errorf("%w: the value is %s, neither %s as when this was planned nor %s: plan again",
-			ErrTaken, value, c.Was, c.Value)
 	}
 	return writeSysctl(c.Key, c.Value)
 }

@@ -155,7 +155,7 @@ func runNFT(ctx context.Context, input string, args ...string) ([]byte, error) {
 	cmd.Stdout, cmd.Stderr = &out, &complaint
 	cmd.WaitDelay = time.Second
 	if err := cmd.Run(); err != nil {
-		text := strings.TrimSpace(complaint.String())
+		text := strings.TrimSpace(complaint.kept.String())
 		if strings.Contains(text, "No such file or directory") {
 			err = errors.Join(fs.ErrNotExist, err)
 		}
@@ -164,22 +164,20 @@ func runNFT(ctx context.Context, input string, args ...string) ([]byte, error) {
 	if out.cut {
 		return nil, fmt.Errorf("nft %s: more than %d bytes of output", strings.Join(args, " "), maxListing)
 	}
-	return out.Bytes(), nil
+	return out.kept.Bytes(), nil
 }
 
-// limited keeps the first bytes of what is written to it.
+// limited keeps the first bytes of what is written to it. It is no
+// bytes.Buffer, whose ReadFrom would know of no limit.
 type limited struct {
-	bytes.Buffer
+	kept  bytes.Buffer
 	limit int
 	cut   bool
 }
 
 func (l *limited) Write(b []byte) (int, error) {
-	room := l.limit - l.Len()
-	if len(b) > room {
-		l.cut = true
-		l.Buffer.Write(b[:room])
-		return len(b), nil
-	}
-	return l.Buffer.Write(b)
+	room := min(l.limit-l.kept.Len(), len(b))
+	l.cut = l.cut || room < len(b)
+	l.kept.Write(b[:room])
+	return len(b), nil
 }

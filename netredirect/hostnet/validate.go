@@ -270,6 +270,9 @@ func checkBody(body string) error {
 	if len(body) > maxBody {
 		return invalid("table of %d bytes, more than %d", len(body), maxBody)
 	}
+	if strings.Contains("\n"+body+"\n", "\n"+heredoc+"\n") {
+		return invalid("a table with the line %s, which ends the command that is shown", heredoc)
+	}
 	depth, word := 0, 0 // word: where the current one begins
 	quoted := false
 	for i := 0; i <= len(body); i++ {
