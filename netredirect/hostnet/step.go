@@ -66,8 +66,8 @@ type Device struct {
 }
 
 // A Sysctl is a number below /proc/sys/net. Apply sets it to Value, whatever it
-// is; Revert writes Was back, only while it is still Value. The kernel copies net/ipv6/conf/all/forwarding to
-// all devices, at Revert as well.
+// is; Revert writes Was back, only while it is still Value. The kernel copies
+// net/ipv6/conf/all/forwarding to all devices, at Revert as well.
 type Sysctl struct {
 	Key   string `json:"key"` // net/ipv4/conf/br0/forwarding
 	Value string `json:"value"`
