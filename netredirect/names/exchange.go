@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 	"time"
 
@@ -33,6 +34,9 @@ func (c *Client) exchange(ctx context.Context, server string, m *dns.Msg, signed
 			c.heard(server, true)
 			return answer, nil
 		}
+		if op, ok := errors.AsType[*net.OpError](err); ok {
+			err = op.Err // the addresses are told elsewhere
+		}
 		failed = append(failed, fmt.Errorf("%s: %w", strings.ToUpper(network), err))
 	}
 	err := joined(failed)
@@ -40,7 +44,7 @@ func (c *Client) exchange(ctx context.Context, server string, m *dns.Msg, signed
 		return nil, err
 	}
 	c.heard(server, false)
-	return nil, fmt.Errorf("%w (%w): is the server up, and may this host reach its port by UDP and TCP?", ErrSilent, err)
+	return nil, fmt.Errorf("%w (%w): is the server up, and open to this host by UDP and TCP?", ErrSilent, err)
 }
 
 func (c *Client) exchangeOver(ctx context.Context, network, server string, m *dns.Msg, signed bool) (*dns.Msg, error) {
@@ -176,7 +180,7 @@ func (c *Client) refusal(answer *dns.Msg, zone string) error {
 func (c *Client) keyRefusal(t *dns.TSIG) error {
 	switch t.Error {
 	case dns.RcodeBadKey:
-		return fmt.Errorf("%w (BADKEY): key %v of %s is not in the server's configuration: add it there, with this name and algorithm", ErrKey, c.key, c.keyFile)
+		return fmt.Errorf("%w (BADKEY): key %v of %s is not in the server's configuration: add it there with this name and algorithm, unless it is a secondary", ErrKey, c.key, c.keyFile)
 	case dns.RcodeBadSig:
 		return fmt.Errorf("%w (BADSIG): key %v of %s has another secret at the server: copy the server's", ErrKey, c.key, c.keyFile)
 	case dns.RcodeBadTime:
@@ -209,13 +213,11 @@ func (c *Client) query(ctx context.Context, server, name string, qtype uint16, s
 	answer, err := c.exchange(ctx, server, m, signed)
 	switch {
 	case err != nil:
+		return nil, err
 	case answer.Rcode != dns.RcodeSuccess && answer.Rcode != dns.RcodeNameError:
-		err = c.refusal(answer, name)
+		return nil, c.refusal(answer, name)
 	case !answer.Authoritative:
-		err = fmt.Errorf("%w: the server is not authoritative", ErrNotServed)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("ask %s for %s %s: %w", server, name, dns.TypeToString[qtype], err)
+		return nil, fmt.Errorf("%w: the server is not authoritative for %s", ErrNotServed, name)
 	}
 	return answer, nil
 }
@@ -223,20 +225,22 @@ func (c *Client) query(ctx context.Context, server, name string, qtype uint16, s
 // ask asks the configured servers in turn until one is authoritative.
 func (c *Client) ask(ctx context.Context, name string, qtype uint16) (*dns.Msg, error) {
 	var failed []error
-	served := false
 	for _, server := range c.inOrder() {
 		answer, err := c.query(ctx, server, name, qtype, false)
-		if err == nil || ctx.Err() != nil {
-			return answer, err
+		if err == nil {
+			return answer, nil
+		}
+		err = fmt.Errorf("ask %s for %s %s: %w", server, name, dns.TypeToString[qtype], err)
+		if ctx.Err() != nil {
+			return nil, err
 		}
 		// Servers of other zones refuse, or refer to others.
 		if !errors.Is(err, ErrNotServed) && !errors.Is(err, ErrRefused) {
-			served = true
+			failed = append(failed, err)
 		}
-		failed = append(failed, err)
 	}
-	if !served {
-		return nil, fmt.Errorf("%s: %w: %w", name, ErrNotServed, joined(failed))
+	if len(failed) == 0 {
+		return nil, fmt.Errorf("%s: %w (%s): list the authoritative ones, and let them answer this host", name, ErrNotServed, strings.Join(c.servers, ", "))
 	}
 	return nil, joined(failed)
 }

@@ -191,7 +191,7 @@ func TestHostileAnswers(t *testing.T) {
 		}, ErrNotServed},
 		{"refused", func(q *dns.Msg, _ string) []byte {
 			return packed(t, new(dns.Msg).SetRcode(q, dns.RcodeRefused))
-		}, ErrRefused},
+		}, ErrNotServed},
 		{"failed", func(q *dns.Msg, _ string) []byte {
 			return packed(t, new(dns.Msg).SetRcode(q, dns.RcodeServerFailure))
 		}, ErrFailed},

@@ -61,8 +61,6 @@ func (s rrset) without(data string) rrset {
 	return s
 }
 
-func (s rrset) equal(o rrset) bool { return s.ttl == o.ttl && slices.Equal(s.data, o.data) }
-
 func (s rrset) String() string {
 	if len(s.data) == 0 {
 		return "nothing"

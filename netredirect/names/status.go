@@ -84,7 +84,7 @@ func (c *Client) await(ctx context.Context, asked []question) error {
 			for _, r := range rows {
 				switch {
 				case r.Problem != "":
-					behind = append(behind, r.Problem)
+					behind = append(behind, cmp.Or(r.Server, r.Zone)+": "+r.Problem)
 				case !r.Moved:
 					behind = append(behind, fmt.Sprintf("%s answers %s %s with TTL %d, serial %d", r.Server, r.Name, r.Type, r.TTL, r.Serial))
 				}
@@ -165,7 +165,7 @@ func (c *Client) surveyZone(ctx context.Context, zone string, asked []question) 
 	if len(rows) == 0 {
 		for _, q := range asked {
 			rows = append(rows, ServerStatus{Zone: zone, Name: q.name, Type: dns.TypeToString[q.rrtype],
-				Problem: fmt.Sprintf("%s: %v", zone, ErrNotServed)})
+				Problem: ErrNotServed.Error()})
 		}
 	}
 	return rows
@@ -205,7 +205,7 @@ func (c *Client) serial(ctx context.Context, server, zone string) (uint32, error
 	}
 	found, serial, err := readSOA(answer, zone)
 	if err == nil && found != zone {
-		err = fmt.Errorf("ask %s for %s SOA: %w: it has %s", server, zone, ErrNotServed, found)
+		err = fmt.Errorf("%w: the server has %s, but not %s", ErrNotServed, found, zone)
 	}
 	return serial, err
 }
@@ -215,11 +215,7 @@ func (c *Client) lookupAt(ctx context.Context, server, name string, qtype uint16
 	if err != nil {
 		return rrset{}, err
 	}
-	s, err := readRRset(answer, name, qtype)
-	if err != nil {
-		return rrset{}, fmt.Errorf("ask %s: %w", server, err)
-	}
-	return s, nil
+	return readRRset(answer, name, qtype)
 }
 
 // nameserver is one address of a server.

@@ -104,7 +104,7 @@ func (c *Client) plan(ctx context.Context, server string, changes []edit) (steps
 	for _, e := range changes {
 		answer, err := c.query(ctx, server, e.name, e.rrtype, true)
 		if err != nil {
-			return nil, nil, err
+			return nil, nil, fmt.Errorf("read %s %s: %w", e.name, dns.TypeToString[e.rrtype], err)
 		}
 		before, err := readRRset(answer, e.name, e.rrtype)
 		if errors.Is(err, ErrAlias) {

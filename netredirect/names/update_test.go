@@ -10,6 +10,8 @@ import (
 	"github.com/miekg/dns"
 )
 
+func (s rrset) equal(o rrset) bool { return s.ttl == o.ttl && slices.Equal(s.data, o.data) }
+
 func TestReverseName(t *testing.T) {
 	for _, tt := range []struct{ in, want string }{
 		{"10.1.2.3", "3.2.1.10.in-addr.arpa."},
