@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"strconv"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -57,7 +56,7 @@ func (r DownloadResult) Rate() float64 {
 	return float64(r.Bytes) / r.Elapsed.Seconds()
 }
 
-// Err is nil if all that came until Stop was right. A whole file must have the checksum that the guest announced, too.
+// Err is nil if all that came until Stop was right. A whole file must have the checksum that the guest sends after it, too.
 func (r DownloadResult) Err() error {
 	switch {
 	case r.Wrong != 0:
@@ -158,12 +157,8 @@ func download(ctx context.Context, conn net.Conn, file *fileChecker, limit int64
 	defer response.Body.Close()
 	began = time.Now()
 	gaps.heard(began)
-	if response.StatusCode != http.StatusOK || response.ContentLength != file.size {
-		return broke(fmt.Errorf("the guest answers %s with %d bytes, want %d", response.Status, response.ContentLength, file.size))
-	}
-	sum, err := strconv.ParseUint(response.Header.Get(api.ChecksumHeader), 16, 32)
-	if err != nil {
-		return broke(fmt.Errorf("the guest's checksum: %w", err))
+	if response.StatusCode != http.StatusOK {
+		return broke(fmt.Errorf("the guest answers %s", response.Status))
 	}
 
 	chunk, pace := int64(api.BlockSize), rate.Inf
@@ -178,7 +173,7 @@ func download(ctx context.Context, conn net.Conn, file *fileChecker, limit int64
 			gaps.heard(time.Now())
 			file.check(buffer[:n])
 		}
-		if errors.Is(err, io.EOF) {
+		if errors.Is(err, io.EOF) || file.at > file.size {
 			break
 		}
 		if err != nil {
@@ -188,8 +183,12 @@ func download(ctx context.Context, conn net.Conn, file *fileChecker, limit int64
 			return broke(err)
 		}
 	}
-	if got := file.crc.Sum32(); got != uint32(sum) {
-		return broke(fmt.Errorf("the file has the CRC-32C %08x, the guest announced %08x", got, sum))
+	if file.at != file.size {
+		return broke(errors.New("the guest's file has another size"))
+	}
+	sum := response.Trailer.Get(api.ChecksumTrailer)
+	if got := fmt.Sprintf("%08x", file.crc.Sum32()); got != sum {
+		return broke(fmt.Errorf("the file has the CRC-32C %s, the guest sends %q", got, sum))
 	}
 	return result
 }

@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// sshCommand runs in the guest's shell: it prints a numbered line about each 100 ms, and all that it reads, until its input
-// ends.
+// sshCommand runs in the guest's shell: it prints a numbered line each 100 ms, or as fast as the guest can start sleep, and
+// all that it reads, until its input ends.
 const sshCommand = `n=0
 while sleep 0.1; do n=$((n+1)); echo "line $n"; done &
 while read -r x; do echo "echo $x"; done
@@ -95,9 +95,9 @@ func (v *VM) startSSH(ctx context.Context, site string, to netip.Addr) (*SSHSess
 		return nil, err
 	}
 	alive, kill := context.WithCancel(context.WithoutCancel(ctx))
-	client, err := v.lab.Command(alive, site, "ssh", "-F", "none", "-T", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR",
-		"-o", "IdentitiesOnly=yes", "-i", key, "-o", "StrictHostKeyChecking=yes", "-o", "HostKeyAlias="+sshHost,
-		"-o", "UserKnownHostsFile="+filepath.Join(v.sshDir(), "known_hosts"), "-o", "GlobalKnownHostsFile=none",
+	client, err := v.lab.Command(alive, site, "ssh", "-F", "none", "-T", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", fmt.Sprintf("ConnectTimeout=%.0f", dialTimeout.Seconds()),
+		"-o", "IdentitiesOnly=yes", "-o", "IdentityFile="+sshPath(key), "-o", "StrictHostKeyChecking=yes", "-o", "HostKeyAlias="+sshHost,
+		"-o", "UserKnownHostsFile="+sshPath(filepath.Join(v.sshDir(), "known_hosts")), "-o", "GlobalKnownHostsFile=none",
 		"-l", "root", to.String(), sshCommand)
 	if err != nil {
 		kill()
@@ -139,6 +139,9 @@ func (v *VM) startSSH(ctx context.Context, site string, to netip.Addr) (*SSHSess
 	}()
 	return s, nil
 }
+
+// sshPath writes a path for an option of ssh, which would else split it at spaces and expand percent signs.
+func sshPath(path string) string { return `"` + strings.ReplaceAll(path, "%", "%%") + `"` }
 
 // send ends the session's input when it ends, upon which the guest ends the session.
 func (s *SSHSession) send(ctx context.Context, in io.WriteCloser) {
@@ -229,12 +232,13 @@ func (m *sshMeter) line(text string, at time.Time) {
 	m.gaps.heard(at)
 	kind, number, _ := strings.Cut(text, " ")
 	n, err := strconv.ParseInt(number, 10, 64)
+	plain := err == nil && number == strconv.FormatInt(n, 10)
 	var last *int64
 	switch {
-	case err == nil && kind == "line":
+	case plain && kind == "line":
 		m.result.Lines++
 		last = &m.printed
-	case err == nil && kind == "echo" && n <= m.result.Sent:
+	case plain && kind == "echo" && n <= m.result.Sent:
 		m.result.Echoed++
 		last = &m.echoed
 	default:

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -154,9 +155,18 @@ func runClient(ctx context.Context, vm *lab.VM, o clientOptions) (map[string]res
 	results := map[string]result{}
 	var flows []flow
 	defer func() {
+		// All at once, so that they see the same time.
+		var mu sync.Mutex
+		var all sync.WaitGroup
 		for _, f := range flows {
-			results[f.name] = f.stop()
+			all.Go(func() {
+				r := f.stop()
+				mu.Lock()
+				defer mu.Unlock()
+				results[f.name] = r
+			})
 		}
+		all.Wait()
 	}()
 	for _, kind := range []struct {
 		name   string

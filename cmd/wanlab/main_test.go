@@ -33,6 +33,11 @@ func TestBadInputIsOneLine(t *testing.T) {
 		{"exec local-dc", "no command: want wanlab exec SITE -- COMMAND"},
 		{"exec local-dc --", "no command: want wanlab exec SITE -- COMMAND"},
 		{"exec local-dc -- true", "no lab there"},
+		{"client web", "nothing to do: want --stream, --udp, --download or --ssh"},
+		{"client web --download fast", "--download: \"fast\": want a number of MiB"},
+		{"client web --ssh --address web", "--address: ParseAddr"},
+		{"client web --ssh --for -1s", "--for -1s: want a duration from now"},
+		{"client web --ssh", "no lab there"},
 		{"status", "no lab there"},
 		{"nonsense", `unknown command "nonsense" for "wanlab"`},
 	} {

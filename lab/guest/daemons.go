@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,10 +15,12 @@ import (
 // guestAgentPort is the name by which the hypervisor tells the port of its guest agent.
 const guestAgentPort = "org.qemu.guest_agent.0"
 
-// startDaemons starts the programs of others that the guest was made with, for as long as it lives.
+// startDaemons starts the programs of others that the guest was made with, for as long as it lives. Who finds the guest
+// up finds its ssh server, too.
 func startDaemons() {
 	if has("/usr/sbin/dropbear") {
 		go keep("/usr/sbin/dropbear", "-F", "-E", "-s", "-m", "-j", "-k", "-r", "/etc/dropbear/host")
+		awaitListener("127.0.0.1:22")
 	}
 	if has("/usr/sbin/qemu-ga") {
 		go func() {
@@ -36,6 +39,17 @@ func startDaemons() {
 func has(path string) bool {
 	_, err := os.Stat(path)
 	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// awaitListener returns when a connection is accepted, or after half a minute.
+func awaitListener(address string) {
+	for deadline := monotonic() + 30*time.Second; monotonic() < deadline; time.Sleep(50 * time.Millisecond) {
+		if c, err := net.Dial("tcp", address); err == nil {
+			c.Close()
+			return
+		}
+	}
+	slog.Warn("no daemon listens", "address", address)
 }
 
 // keep runs a program again whenever it ends.

@@ -152,8 +152,8 @@ func TestFileIsWhatItsChecksumSays(t *testing.T) {
 	if len(body) != 2<<20 {
 		t.Fatalf("%d bytes, want 2 MiB", len(body))
 	}
-	if got := fmt.Sprintf("%08x", crc32.Checksum(body, castagnoli)); got != response.Header.Get(api.ChecksumHeader) {
-		t.Errorf("the body has the checksum %s, the header says %s", got, response.Header.Get(api.ChecksumHeader))
+	if got := fmt.Sprintf("%08x", crc32.Checksum(body, castagnoli)); got != response.Trailer.Get(api.ChecksumTrailer) {
+		t.Errorf("the body has the checksum %s, the trailer says %s", got, response.Trailer.Get(api.ChecksumTrailer))
 	}
 	if _, again := request(t, "GET", web+"/file?mib=1"); !bytes.Equal(again, body[:1<<20]) {
 		t.Error("a shorter file is not the start of a longer one")

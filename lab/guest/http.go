@@ -126,15 +126,13 @@ func (g *guest) file(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, fmt.Sprintf("mib: want a number from 1 to %d", api.MaxFileMiB), http.StatusBadRequest)
 		return
 	}
-	crc := crc32.New(castagnoli)
-	if err := writeFile(crc, g.seed, mib); err != nil {
-		http.Error(w, err.Error(), http.StatusInternalServerError)
-		return
-	}
-	w.Header().Set(api.ChecksumHeader, fmt.Sprintf("%08x", crc.Sum32()))
-	w.Header().Set("Content-Length", strconv.FormatInt(mib<<20, 10))
+	w.Header().Set("Trailer", api.ChecksumTrailer)
 	w.Header().Set("Content-Type", "application/octet-stream")
-	writeFile(w, g.seed, mib)
+	crc := crc32.New(castagnoli)
+	if err := writeFile(io.MultiWriter(w, crc), g.seed, mib); err != nil {
+		return // the client has gone
+	}
+	w.Header().Set(api.ChecksumTrailer, fmt.Sprintf("%08x", crc.Sum32()))
 }
 
 func writeFile(w io.Writer, seed uint64, mib int64) error {

@@ -4,7 +4,7 @@
 // HTTP on port 80:
 //
 //	GET  /report                                        Report
-//	GET  /file?mib=N                                    N MiB of pattern cells; CRC-32C of the body in the header X-Wanlab-Crc32c
+//	GET  /file?mib=N                                    N MiB of pattern cells; CRC-32C of the body in the trailer X-Wanlab-Crc32c
 //	POST /load?dirty=RATE&write=RATE&working-set=SIZE   changes what is named, answers Report
 //	POST /verify                                        checks all memory and all disks now, answers Verification
 //	POST /sync                                          writes dirty file data to the disks, answers Report
@@ -21,8 +21,9 @@ const (
 	// MaxFileMiB bounds GET /file.
 	MaxFileMiB = 1024
 
-	// ChecksumHeader carries eight hexadecimal digits of CRC-32C (Castagnoli) over the body of GET /file.
-	ChecksumHeader = "X-Wanlab-Crc32c"
+	// ChecksumTrailer carries eight hexadecimal digits of CRC-32C (Castagnoli) over the body of GET /file, after it (RFC
+	// 9110, section 6.5).
+	ChecksumTrailer = "X-Wanlab-Crc32c"
 )
 
 // Manifest is the name, in the root of each disk, of the list of the files that were put there when the disk was made.
