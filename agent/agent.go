@@ -18,6 +18,7 @@ import (
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/migrate"
+	"github.com/wanmig/wanmig/netredirect"
 	"github.com/wanmig/wanmig/tunnel"
 )
 
@@ -26,14 +27,15 @@ var Version = "unknown"
 
 // agent is a running daemon.
 type agent struct {
-	config   Config
-	identity *tunnel.Identity
-	sites    *sites
-	endpoint *tunnel.Endpoint
-	host     *hypervisor.Host
-	engine   *migrate.Engine
-	log      *slog.Logger
-	ctx      context.Context // the daemon's life: moves outlive the request that started them
+	config    Config
+	identity  *tunnel.Identity
+	sites     *sites
+	endpoint  *tunnel.Endpoint
+	host      *hypervisor.Host
+	engine    *migrate.Engine
+	redirects *netredirect.Manager
+	log       *slog.Logger
+	ctx       context.Context // the daemon's life: moves outlive the request that started them
 }
 
 // Run runs the daemon until ctx ends. Moves that can be cancelled then are, so
@@ -63,13 +65,21 @@ func Run(ctx context.Context, c Config, log *slog.Logger) error {
 	host := hypervisor.New(c.Libvirt, log)
 	defer host.Close()
 	a := &agent{config: c, identity: identity, sites: known, endpoint: endpoint, host: host, log: log, ctx: ctx}
-	a.engine, err = migrate.New(migrate.Config{Host: host, Journal: journal, Site: c.Site, Version: Version,
-		Spool: c.Outbox.Dir, Memory: int64(c.Outbox.Memory), SpoolMax: int64(c.Outbox.Spool),
-		Dial: a.dial, Known: known.nameOf, Log: log})
-	if err != nil {
+	if a.redirects, err = a.startRedirects(ctx); err != nil {
 		return err
 	}
-	return a.serve(ctx)
+	hooks := c.Hooks.hooks()
+	if err := hooks.Check(); err != nil {
+		return errors.Join(err, a.redirects.Close())
+	}
+	a.engine, err = migrate.New(migrate.Config{Host: host, Journal: journal, Site: c.Site, Version: Version,
+		Spool: c.Outbox.Dir, Memory: int64(c.Outbox.Memory), SpoolMax: int64(c.Outbox.Spool),
+		Redirects: a.redirects, Redirect: c.Redirect.options(), Hooks: hooks,
+		Dial: a.dial, Known: known.nameOf, Log: log})
+	if err != nil {
+		return errors.Join(err, a.redirects.Close())
+	}
+	return errors.Join(a.serve(ctx), a.redirects.Close())
 }
 
 func makeFolders(c Config) error {
@@ -89,9 +99,10 @@ func (a *agent) serve(ctx context.Context) error {
 	}
 	server := &http.Server{Handler: a.routes(), ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10,
 		ErrorLog: slog.NewLogLogger(a.log.Handler(), slog.LevelWarn)}
-	failed := make(chan error, 2)
+	failed := make(chan error, 3)
 	go func() { failed <- server.Serve(listener) }()
 	go func() { failed <- a.acceptPeers(ctx) }()
+	go func() { failed <- a.acceptPackets(ctx) }()
 	if err := a.engine.Recover(ctx); err != nil {
 		a.log.Error("journal not recovered", "error", err)
 	}

@@ -3,7 +3,6 @@ package agent
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"path/filepath"
 	"time"
@@ -103,16 +102,4 @@ func (c Config) checkRedirect() error {
 
 func (h HooksConfig) programs() map[string]string {
 	return map[string]string{"before_stop": h.BeforeStop, "after_resume": h.AfterResume, "after_settle": h.AfterSettle}
-}
-
-// servers gives each DNS server a port.
-func (c DNSConfig) servers() []string {
-	var all []string
-	for _, s := range c.Servers {
-		if _, _, err := net.SplitHostPort(s); err != nil {
-			s = net.JoinHostPort(s, "53")
-		}
-		all = append(all, s)
-	}
-	return all
 }

@@ -71,8 +71,10 @@ func (e *Engine) converse(ctx context.Context, session *tunnel.Session, ctl *con
 				err = ask.validate()
 			}
 			if err == nil {
-				err = ctl.send(ctx, kindChecked, checked{e.checkIncoming(ctx, ask)})
+				err = ctl.send(ctx, kindChecked, e.answerCheck(ctx, session, ask))
 			}
+		case kindRedirect:
+			err = e.inquire(ctx, session, ctl, body)
 		case kindQuery:
 			var ask query
 			if err = decode(body, &ask); err == nil {
@@ -165,6 +167,16 @@ func awaitEnd(session *tunnel.Session) {
 	case <-session.Done():
 	case <-time.After(30 * time.Second):
 	}
+}
+
+// answerCheck tells what a move to this host would meet.
+func (e *Engine) answerCheck(ctx context.Context, session *tunnel.Session, ask check) checked {
+	answer := checked{Findings: e.checkIncoming(ctx, ask)}
+	var err error
+	if answer.Redirect, err = e.offerRedirect(ctx, session, ask); err != nil {
+		answer.Findings = append(answer.Findings, Finding{Check: "redirect", Problem: "connections break: " + err.Error(), Remedy: "look at the agent's log there"})
+	}
+	return answer
 }
 
 // checkIncoming finds what would keep a guest from running here.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
+	"github.com/wanmig/wanmig/netredirect"
 	"github.com/wanmig/wanmig/tunnel"
 )
 
@@ -29,7 +30,12 @@ type Config struct {
 	// Dial opens a session to a site by its name; Known names the site of a peer.
 	Dial  func(ctx context.Context, site string) (*tunnel.Session, error)
 	Known func(tunnel.ID) string
-	Log   *slog.Logger
+	// Redirects keeps the connections of moved guests; Redirect is what a move
+	// asks of it that does not say otherwise.
+	Redirects *netredirect.Manager
+	Redirect  netredirect.Options
+	Hooks     Hooks
+	Log       *slog.Logger
 }
 
 // Engine moves the guests of one host.
@@ -40,12 +46,13 @@ type Engine struct {
 	moves    map[string]*Move     // by move ID, both roles
 	busy     map[string]string    // domain UUID: the move that has it
 	incoming map[string]*incoming // guests that are arriving, by move ID
+	lines    map[string]*line     // by site
 	work     sync.WaitGroup
 }
 
 // New makes an engine and reads the ended moves of the journal.
 func New(c Config) (*Engine, error) {
-	e := &Engine{Config: c, moves: map[string]*Move{}, busy: map[string]string{}, incoming: map[string]*incoming{}}
+	e := &Engine{Config: c, moves: map[string]*Move{}, busy: map[string]string{}, incoming: map[string]*incoming{}, lines: map[string]*line{}}
 	const kept = 1000
 	if err := c.Journal.Trim(kept); err != nil {
 		return nil, err
@@ -99,7 +106,10 @@ func statusOf(entry handoff.Entry) Status {
 }
 
 // Wait returns when every move and session has ended.
-func (e *Engine) Wait() { e.work.Wait() }
+func (e *Engine) Wait() {
+	e.work.Wait()
+	e.hangUp()
+}
 
 // Moves lists every move known, oldest first.
 func (e *Engine) Moves() []*Move {

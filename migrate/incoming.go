@@ -334,8 +334,8 @@ func (in *incoming) accepting(ctx context.Context) {
 	for _, d := range in.ask.Disks {
 		disks["disk/"+d.Target] = d
 	}
-	memory := false
-	for len(disks) > 0 || !memory {
+	memory, redirect := false, false
+	for {
 		ch, err := in.session.Accept(ctx)
 		if err != nil {
 			in.broken(ctx, "session to the source", err)
@@ -358,6 +358,13 @@ func (in *incoming) accepting(ctx context.Context) {
 					return
 				}
 				in.tell(ctx, inEvent{loaded: true})
+			})
+		case ch.Name() == redirectChannel && !redirect:
+			redirect = true
+			in.work.Go(func() {
+				if err := in.serveRedirect(ctx, ch); err != nil {
+					in.broken(ctx, "redirect", err)
+				}
 			})
 		default:
 			in.broken(ctx, "source", fmt.Errorf("channel %q does not belong to this move", ch.Name()))
@@ -433,6 +440,7 @@ func (in *incoming) accept(ctx context.Context) {
 		return
 	}
 	journaled := time.Now()
+	in.Redirects.Resuming(in.ask.Move)
 	finishCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
 	if err := in.virt.Finish(finishCtx, in.cookie, false); err != nil {
@@ -451,6 +459,8 @@ func (in *incoming) accept(ctx context.Context) {
 	in.reply(kindRunning, running{DrainMS: ms(in.offeredAt, drained), LoadMS: ms(drained, loaded) + ms(loaded, start),
 		JournalMS: ms(start, journaled), FinishMS: ms(journaled, resumed), Paused: in.ask.Paused})
 	in.virt.Close()
+	in.Redirects.Decide(in.ask.Move, true)
+	in.Hooks.report(in.log, in.Hooks.run(finishCtx, AfterResume, in.hookEnv()))
 	if in.ask.Persist && in.ask.Autostart {
 		if err := in.Host.SetAutostart(finishCtx, in.ask.UUID, true); err != nil {
 			in.log.Warn("autostart not set, set it by hand", "error", err)
@@ -504,6 +514,7 @@ func latest(a, b time.Time) time.Time {
 func (in *incoming) discard() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
+	in.Redirects.Decide(in.ask.Move, false)
 	if in.virt != nil {
 		if err := in.virt.Finish(ctx, nil, true); err != nil {
 			in.log.Warn("libvirt's Finish of the cancelled move", "error", err)

@@ -25,6 +25,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	e.decideRedirects(entries)
 	for _, entry := range entries {
 		if entry.State.Final() {
 			continue
@@ -41,6 +42,21 @@ func (e *Engine) Recover(ctx context.Context) error {
 		})
 	}
 	return nil
+}
+
+// decideRedirects takes up the redirects of moves that are over, and removes
+// those of moves that the journal knows nothing of.
+func (e *Engine) decideRedirects(entries []handoff.Entry) {
+	known := map[string]handoff.State{}
+	for _, entry := range entries {
+		known[entry.Move] = entry.State
+	}
+	for _, move := range e.Redirects.Moves() {
+		state, ok := known[move]
+		if !ok || state.Final() {
+			e.Redirects.Decide(move, state == handoff.Released || state == handoff.Running)
+		}
+	}
 }
 
 func (e *Engine) recoverMove(ctx context.Context, m *Move, entry handoff.Entry) {
@@ -73,6 +89,7 @@ func (e *Engine) recoverMove(ctx context.Context, m *Move, entry handoff.Entry) 
 		log.Error("the move's end is not in the journal", "error", err)
 		return
 	}
+	e.Redirects.Decide(entry.Move, final == handoff.Released || final == handoff.Running)
 	log.Info("move recovered", "result", final)
 }
 

@@ -28,6 +28,7 @@ type source struct {
 	listening bool        // answers is being fed
 	aborted   bool        // the destination has said that it cleaned up
 	plan      plan
+	redirect  redirecting
 	out       *hypervisor.Outgoing
 	cookie    []byte // libvirt's, of Perform
 	downtime  Downtime
@@ -78,6 +79,9 @@ func (s *source) check(ctx context.Context) error {
 	found, err := s.Host.CheckOutgoing(ctx, s.dom)
 	findings := append(s.plan.findings, convert(found, err, "checks at the source", "look at libvirtd here")...)
 	there, err := s.checkThere(ctx)
+	if errors.Is(err, errRequest) {
+		return err
+	}
 	if err != nil {
 		findings = append(findings, Finding{Check: "destination", Problem: err.Error(),
 			Remedy: fmt.Sprintf("try wanmig site check %s", s.req.To), Fatal: true})
@@ -107,6 +111,10 @@ func (s *source) checkThere(ctx context.Context) ([]Finding, error) {
 	if s.ctl, _, err = s.greet(ctx, s.session); err != nil {
 		return nil, err
 	}
+	var findings []Finding
+	if s.redirect.ask, findings, err = s.askRedirect(ctx); err != nil {
+		return nil, fmt.Errorf("%w: %w", errRequest, err)
+	}
 	xml, err := hypervisor.Rewrite(s.dom.XML, s.plan.changes)
 	if err != nil {
 		return nil, err
@@ -115,7 +123,7 @@ func (s *source) checkThere(ctx context.Context) ([]Finding, error) {
 	if err != nil {
 		return nil, err
 	}
-	ask := check{Host: info.UUID, Name: s.dom.Name, UUID: s.dom.UUID, CPU: s.dom.CPU, XML: xml, Disks: s.plan.disks}
+	ask := check{Host: info.UUID, Name: s.dom.Name, UUID: s.dom.UUID, CPU: s.dom.CPU, XML: xml, Disks: s.plan.disks, Redirect: &s.redirect.ask}
 	if err := s.ctl.send(ctx, kindCheck, ask); err != nil {
 		return nil, err
 	}
@@ -126,8 +134,18 @@ func (s *source) checkThere(ctx context.Context) ([]Finding, error) {
 	if len(reply.Findings) > maxFinding {
 		return nil, fmt.Errorf("the destination reports %d findings: not plausible", len(reply.Findings))
 	}
-	return reply.Findings, nil
+	if reply.Redirect != nil {
+		s.redirect.offer = *reply.Redirect
+		if err := s.redirect.offer.Validate(); err != nil {
+			return nil, err
+		}
+		findings = append(findings, redirectFindings(s.redirect.offer.Findings)...)
+	}
+	return append(reply.Findings, findings...), nil
 }
+
+// errRequest is returned when what was asked for can't be meant.
+var errRequest = errors.New("this move can't be made as asked")
 
 // greet opens the control channel and exchanges hellos.
 func (e *Engine) greet(ctx context.Context, session *tunnel.Session) (*control, hello, error) {
@@ -178,6 +196,7 @@ func (s *source) transfer(ctx context.Context) error {
 	if err != nil {
 		return s.step(handoff.Failed, err)
 	}
+	s.prepareRedirect(ctx)
 	s.move.phase(PhaseSync)
 	sy, err := s.startSync(ctx, ready.Cookie)
 	if err != nil {
@@ -355,6 +374,7 @@ func (s *source) learn(ctx context.Context) (answer, error) {
 
 // resume lets the guest run here again, and gives the cause as an operator reads it.
 func (s *source) resume(ctx context.Context, cause error) error {
+	s.undoRedirect("the VM stays here")
 	if errors.Is(cause, ErrCancelled) {
 		cause = ErrCancelled // whatever part it interrupted
 	}
@@ -400,6 +420,7 @@ func (s *source) awaitAborted() {
 // releaseGuest removes the guest here: it runs at the destination.
 func (s *source) releaseGuest(ctx context.Context) error {
 	s.move.phase(PhaseSettle)
+	s.Redirects.Decide(s.entry.Move, true)
 	if err := s.out.Confirm(ctx, nil, false); err != nil {
 		s.log.Warn("libvirt's Confirm, clearing the source by hand", "error", err)
 	}

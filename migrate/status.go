@@ -1,6 +1,11 @@
 package migrate
 
-import "time"
+import (
+	"net/netip"
+	"time"
+
+	"github.com/wanmig/wanmig/netredirect"
+)
 
 // Phase is where a move stands. The order is check, prepare, sync, handoff,
 // settle and then one of the final phases.
@@ -31,6 +36,15 @@ type Request struct {
 	Paused     bool              `json:"paused,omitempty"` // land paused
 	CopyCDROM  bool              `json:"copy_cdrom,omitempty"`
 	DryRun     bool              `json:"dry_run,omitempty"`
+
+	// How connections go on; what is not set is the agent's configuration's.
+	Redirect    netredirect.Kind        `json:"redirect,omitempty"`
+	RedirectMax time.Duration           `json:"redirect_max_ns,omitempty"`
+	Addresses   netredirect.Mode        `json:"addresses,omitempty"`
+	Egress      netredirect.Egress      `json:"egress,omitempty"`
+	VMAddresses map[string][]netip.Addr `json:"vm_addresses,omitempty"` // of an interface by its MAC, tap or bridge
+	LowerTTL    bool                    `json:"lower_ttl,omitempty"`
+	DNSNames    []string                `json:"dns_names,omitempty"`
 }
 
 // Status is a move as an observer sees it, complete in itself at any moment.
@@ -126,5 +140,7 @@ type Result struct {
 	MemoryRounds      int       `json:"memory_rounds"`
 	Notices           []string  `json:"notices,omitempty"`
 	Findings          []Finding `json:"findings,omitempty"`
-	Error             string    `json:"error"` // empty when the move did what was asked
+	// Redirect tells how connections go on; nil where they do not.
+	Redirect *RedirectPlan `json:"redirect,omitempty"`
+	Error    string        `json:"error"` // empty when the move did what was asked
 }

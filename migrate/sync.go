@@ -30,6 +30,7 @@ type syncer struct {
 	disks   []*outgoingDisk
 	memory  atomic.Pointer[memsync.Source] // nil until QEMU begins with memory
 	strict  bool                           // of the memory goroutine
+	hooked  bool                           // of the memory goroutine: the hook before the stop has run
 	unwatch func()
 
 	memoryDone chan error     // the memory stream's end
@@ -178,7 +179,7 @@ func (sy *syncer) stream(l net.Listener, ch *tunnel.Channel) error {
 // pace holds the memory stream back while the disks need the link.
 func (sy *syncer) pace(ctx context.Context, _ int) error {
 	sy.guardOpaque()
-	for sy.stopAt.Load() == 0 && !memoryMayRead(sy.load()) {
+	for sy.stopAt.Load() == 0 && !sy.mayRead() {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
@@ -186,6 +187,32 @@ func (sy *syncer) pace(ctx context.Context, _ int) error {
 		}
 	}
 	return nil
+}
+
+// mayRead decides whether QEMU's stream is read now. Its end waits for the
+// redirect to be ready, and for the hook that runs before the stop.
+func (sy *syncer) mayRead() bool {
+	l := sy.load()
+	if !memoryMayRead(l) {
+		return false
+	}
+	if l.RAM == 0 || l.FirstPassLeft > min(int64(tailBytes), l.RAM) || sy.hooked {
+		return true
+	}
+	ready, err := sy.s.redirectReady()
+	if err != nil {
+		sy.fail(err)
+		return false
+	}
+	if !ready {
+		return false
+	}
+	sy.hooked = true
+	if err := sy.s.Hooks.run(sy.ctx, BeforeStop, sy.s.hookEnv()); err != nil {
+		sy.fail(err)
+		return false
+	}
+	return true
 }
 
 // guardOpaque makes the mirrors' flushes wait for the destination when the
@@ -229,6 +256,7 @@ func (sy *syncer) notePeak() { sy.peak.Store(max(sy.peak.Load(), sy.pending())) 
 func (sy *syncer) event(ev hypervisor.Event) {
 	if ev.Kind == hypervisor.EventSuspended {
 		sy.stopAt.CompareAndSwap(0, ev.Time.UnixNano())
+		sy.s.switchRedirect()
 		sy.s.move.phase(PhaseHandoff)
 	}
 }
@@ -245,6 +273,7 @@ func (sy *syncer) stopped() time.Time {
 // and libvirt has completed the mirrors.
 func (sy *syncer) seal() {
 	sy.stopAt.CompareAndSwap(0, time.Now().UnixNano())
+	sy.s.switchRedirect()
 	for _, d := range sy.disks {
 		d.outbox.Seal()
 	}

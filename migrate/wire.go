@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"time"
 
+	"github.com/wanmig/wanmig/netredirect"
 	"github.com/wanmig/wanmig/tunnel"
 )
 
@@ -33,6 +34,9 @@ const (
 	kindQuery     = 13 // source, in a new session: what became of this move?
 	kindUndecided = 14 // destination: ask again
 	kindUnknown   = 15 // destination: no record of that move
+
+	kindRedirect   = 16 // source: an operation on a move's redirect, during the move or in a session later
+	kindRedirected = 17 // destination: what came of it
 )
 
 const (
@@ -77,10 +81,25 @@ type check struct {
 	CPU   string     `json:"cpu"` // libvirt's <cpu> with every feature that the guest sees
 	XML   string     `json:"xml"` // as it would run at the destination
 	Disks []wireDisk `json:"disks"`
+
+	Redirect *netredirect.Ask `json:"redirect,omitempty"`
 }
 
 type checked struct {
-	Findings []Finding `json:"findings"`
+	Findings []Finding          `json:"findings"`
+	Redirect *netredirect.Offer `json:"redirect,omitempty"`
+}
+
+type redirectRequest struct {
+	Move string          `json:"move"`
+	Op   string          `json:"op"`
+	Body json.RawMessage `json:"body"`
+}
+
+type redirectAnswer struct {
+	Error   string          `json:"error,omitempty"`
+	Unknown bool            `json:"unknown,omitempty"` // there is no redirect of that move
+	Body    json.RawMessage `json:"body,omitempty"`
 }
 
 type prepare struct {

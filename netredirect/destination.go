@@ -324,3 +324,23 @@ func (x *redirect) tunnelledNow() bool {
 func (x *redirect) servingLocked() bool {
 	return x.home() || len(x.Announced) > 0 && x.problems["BGP"] == ""
 }
+
+// Resuming is called right before the VM of a move runs here.
+func (m *Manager) Resuming(move string) {
+	m.mu.Lock()
+	x := m.redirects[move]
+	m.mu.Unlock()
+	if x != nil {
+		x.Resuming()
+	}
+}
+
+// AddressesOf are the VM's addresses in the redirect of a move, and its new ones.
+func (m *Manager) AddressesOf(move string) ([]netip.Addr, map[netip.Addr]netip.Addr) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if x := m.redirects[move]; x != nil {
+		return x.addresses(), x.Mapped
+	}
+	return nil, nil
+}

@@ -20,6 +20,7 @@ type redirect struct {
 	responders []*neighbour.Responder
 	stopWork   context.CancelFunc // of its goroutines
 	ctx        context.Context
+	living     bool // live runs
 
 	see       sync.Mutex // of what follows
 	problems  map[string]string
@@ -173,6 +174,10 @@ func (x *redirect) Resuming() {
 func (x *redirect) stand() {
 	x.m.mu.Lock()
 	defer x.m.mu.Unlock()
+	if x.living || x.m.redirects[x.Move] != x {
+		return
+	}
+	x.living = true
 	if x.State == Armed { // the agent was restarted in between
 		if _, err := x.m.net.ApplyAll(x.m.ctx, x.Plan.Switch); err != nil {
 			x.problem("switching", err)

@@ -159,10 +159,10 @@ func (m *Manager) Decide(move string, went bool) {
 	x := m.redirects[move]
 	m.mu.Unlock()
 	switch {
-	case x == nil || x.State != Armed && x.State != Opening && went:
-	case went:
+	case x == nil:
+	case went && x.state() != Opening:
 		x.stand()
-	case x.State == Resident || x.Switched.IsZero() || x.State == Armed || x.State == Opening || x.State == Standing:
+	default:
 		x.Undo("the VM stayed at its source")
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/wanmig/wanmig/netredirect/hostnet"
+	"github.com/wanmig/wanmig/netredirect/neighbour"
 )
 
 // Caller asks the other side to serve an operation on the redirect of one move.
@@ -320,4 +321,69 @@ func (m *Manager) arm(ctx context.Context, x *redirect) error {
 	}
 	x.Plan.Arm, x.Plan.Switch = plan.Arm, plan.Switch
 	return m.apply(ctx, x, x.Plan.Arm)
+}
+
+// Preview is what the source would type for a redirect.
+func (m *Manager) Preview(ask Ask, peer netip.Addr) []string {
+	if len(ask.NICs) == 0 || len(ask.Kinds) == 0 {
+		return nil
+	}
+	kind := ask.Kinds[0]
+	device := deviceName("", kind)
+	var nics []hostNIC
+	for _, n := range ask.NICs {
+		b, err := m.bridge(n)
+		if err != nil {
+			continue // a finding of Ask
+		}
+		nics = append(nics, hostNIC{NIC: n, bridgeMAC: b.MAC.String()})
+	}
+	plan := planSource(0, topPriority, device, nics)
+	plan.Tunnel = planTunnel(tunnelFacts{kind: kind, device: device, local: ask.Outer, remote: peer, mtu: tunnelMTU(kind, peer, 0)})
+	return plan.text()
+}
+
+// Observed are the addresses of a VM's interface that this host sees: those of
+// its neighbour table, and those that the VM uses within a moment.
+func (m *Manager) Observed(ctx context.Context, n NIC) []netip.Addr {
+	var all []netip.Addr
+	if n.Bridge == "" || n.Tap == "" {
+		return nil
+	}
+	mac, err := parseMAC(n.MAC)
+	if err != nil {
+		return nil
+	}
+	bridge, err := m.net.Bridge(n.Bridge)
+	if err != nil {
+		return nil
+	}
+	// A VM that routes sends for others, whose addresses are not its own.
+	add := func(a netip.Addr) {
+		if validateAddress(a) == nil && slices.ContainsFunc(bridge.Prefixes, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			all = append(all, a)
+		}
+	}
+	if known, err := m.net.Neighbours(n.Bridge); err == nil {
+		for a, at := range known {
+			if at.String() == mac.String() {
+				add(a)
+			}
+		}
+	}
+	o, err := neighbour.Observe(n.Tap, mac)
+	if err != nil {
+		m.Log.Debug("interface not observed", "tap", n.Tap, "error", err)
+		return all
+	}
+	defer o.Close()
+	const moment = 1500 * time.Millisecond
+	select {
+	case <-ctx.Done():
+	case <-time.After(moment):
+	}
+	for _, a := range o.Addresses() {
+		add(a)
+	}
+	return all
 }

@@ -21,6 +21,10 @@ type Packets interface {
 	Close(reason string)
 }
 
+// ErrTooBig is what Packets.Send returns for a packet that the connection can't
+// carry whole.
+var ErrTooBig = encap.ErrTooBig
+
 // carried is a tunnel that this program carries packets for. Redirects to the
 // same site share it.
 type carried struct {

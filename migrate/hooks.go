@@ -1,0 +1,125 @@
+package migrate
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/wanmig/wanmig/netredirect"
+)
+
+// Hook is a moment of a move at which a program of the operator's is run.
+type Hook string
+
+const (
+	// BeforeStop is run at the source when the guest is about to be stopped. The
+	// stop waits for it; if it fails the move is rolled back.
+	BeforeStop Hook = "before_stop"
+	// AfterResume is run at both hosts when the guest runs at the destination.
+	AfterResume Hook = "after_resume"
+	// AfterSettle is run at both hosts when the redirect's tunnel is gone.
+	AfterSettle Hook = "after_settle"
+)
+
+// Hooks are the programs of an agent's configuration.
+type Hooks struct {
+	Programs map[Hook]string // absolute paths
+	Timeout  time.Duration   // of each
+}
+
+// maxHookOutput is how much of a hook's output an error quotes, in bytes.
+const maxHookOutput = 2 << 10
+
+// run runs the program of a hook, if there is one, and waits for it. It gets the
+// hook's name as its argument and the move in its environment.
+func (h Hooks) run(ctx context.Context, hook Hook, env []string) error {
+	program := h.Programs[hook]
+	if program == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, h.Timeout)
+	defer cancel()
+	var out bytes.Buffer
+	cmd := exec.CommandContext(ctx, program, string(hook))
+	cmd.Env = append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "WANMIG_HOOK=" + string(hook)}, env...)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.Dir = "/"
+	cmd.WaitDelay = time.Second // of children that hold its output open
+	if err := cmd.Run(); err != nil {
+		if ctx.Err() != nil {
+			err = fmt.Errorf("it did not end in %v", h.Timeout)
+		}
+		text := strings.TrimSpace(strings.ToValidUTF8(out.String(), "?"))
+		return fmt.Errorf("hook %s: %s: %w: %s", hook, program, err, text[:min(len(text), maxHookOutput)])
+	}
+	return nil
+}
+
+// report logs the failure of a hook that nothing waits for.
+func (h Hooks) report(log *slog.Logger, err error) {
+	if err != nil {
+		log.Warn("hook failed: do by hand what it should have done", "error", err)
+	}
+}
+
+// hookEnv describes a move to a hook.
+func hookEnv(move, vm, uuid, role, from, to string, addrs []netip.Addr, mapped map[netip.Addr]netip.Addr) []string {
+	var old, new []string
+	for _, a := range addrs {
+		old = append(old, a.String())
+		if to, ok := mapped[a]; ok {
+			new = append(new, to.String())
+		}
+	}
+	return []string{"WANMIG_MOVE=" + move, "WANMIG_VM=" + vm, "WANMIG_UUID=" + uuid, "WANMIG_ROLE=" + role, "WANMIG_FROM=" + from,
+		"WANMIG_TO=" + to, "WANMIG_ADDRESSES=" + strings.Join(old, " "), "WANMIG_NEW_ADDRESSES=" + strings.Join(new, " ")}
+}
+
+func (s *source) hookEnv() []string {
+	var addrs []netip.Addr
+	for _, n := range s.redirect.ask.NICs {
+		addrs = append(addrs, n.Addresses...)
+	}
+	return hookEnv(s.entry.Move, s.dom.Name, s.dom.UUID, "source", s.Site, s.req.To, addrs, s.redirect.offer.Mapped)
+}
+
+func (in *incoming) hookEnv() []string {
+	addrs, mapped := in.Redirects.AddressesOf(in.ask.Move)
+	return hookEnv(in.ask.Move, in.ask.Name, in.ask.UUID, "destination", in.entry.Site, in.Site, addrs, mapped)
+}
+
+// Settled runs the hook of a redirect whose tunnel is gone.
+func (e *Engine) Settled(s netredirect.Status) {
+	from, to := s.Peer, e.Site
+	if s.Role == netredirect.Source {
+		from, to = to, from
+	}
+	e.work.Go(func() {
+		env := hookEnv(s.Move, s.VM, s.UUID, string(s.Role), from, to, slices.Clone(s.Addresses), s.Mapped)
+		e.Hooks.report(e.Log, e.Hooks.run(context.Background(), AfterSettle, env))
+	})
+}
+
+// Check checks each hook's program before it is needed.
+func (h Hooks) Check() error {
+	for hook, program := range h.Programs {
+		if program == "" {
+			continue
+		}
+		info, err := os.Stat(program)
+		if err != nil {
+			return fmt.Errorf("hooks.%s: %w", hook, err)
+		}
+		if info.IsDir() || info.Mode()&0o111 == 0 {
+			return fmt.Errorf("hooks.%s: %s can't be run: chmod +x it", hook, program)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,381 @@
+package migrate
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/wanmig/wanmig/hypervisor"
+	"github.com/wanmig/wanmig/netredirect"
+	"github.com/wanmig/wanmig/tunnel"
+)
+
+// redirectChannel is the channel of a move's session on which the source makes
+// the redirect ready. Its frames are those of the control channel.
+const redirectChannel = "redirect"
+
+// RedirectPlan is the part of a Result that tells what a redirect changes, as a
+// network engineer would type it.
+type RedirectPlan struct {
+	Kinds       []netredirect.Kind        `json:"kinds"` // in the order in which they are tried
+	Mode        netredirect.Mode          `json:"mode"`
+	Mapped      map[netip.Addr]netip.Addr `json:"mapped,omitempty"` // the VM's addresses and its new ones
+	Source      []string                  `json:"source"`
+	Destination []string                  `json:"destination"`
+}
+
+// redirecting is a move's redirect at its source.
+type redirecting struct {
+	ask   netredirect.Ask
+	offer netredirect.Offer
+	ready chan struct{} // closed when it is armed, or will not be
+	err   error         // why not, after ready
+	live  interface {
+		Switch()
+		Undo(why string)
+	}
+}
+
+// options are the request's, completed by the configuration.
+func (e *Engine) redirectOptions(req Request) netredirect.Options {
+	o := e.Redirect
+	if req.Redirect != "" {
+		o.Kind = req.Redirect
+	}
+	if req.RedirectMax > 0 {
+		o.Max = req.RedirectMax
+	}
+	if req.Egress != "" {
+		o.Egress = req.Egress
+	}
+	o.Mode, o.LowerTTL, o.Names = req.Addresses, req.LowerTTL, req.DNSNames
+	return o
+}
+
+// askRedirect finds what of the VM can be redirected.
+func (s *source) askRedirect(ctx context.Context) (netredirect.Ask, []Finding, error) {
+	o := s.redirectOptions(s.req)
+	if err := o.Validate(); err != nil {
+		return netredirect.Ask{}, nil, err
+	}
+	if o.Kind == netredirect.None {
+		return netredirect.Ask{Options: o}, nil, nil
+	}
+	nics, findings, err := s.guestNICs(ctx)
+	if err != nil {
+		return netredirect.Ask{}, nil, err
+	}
+	peer, err := addrOf(s.session.RemoteAddr())
+	if err != nil {
+		return netredirect.Ask{}, nil, err
+	}
+	ask, found := s.Redirects.Ask(o, nics, peer)
+	return ask, append(findings, redirectFindings(found)...), nil
+}
+
+// guestNICs are the VM's interfaces with the addresses that it uses: those that
+// the operator names, or that libvirt knows from the guest agent, DHCP leases or
+// ARP, or that are seen on the wire.
+func (s *source) guestNICs(ctx context.Context) ([]netredirect.NIC, []Finding, error) {
+	list, err := s.Host.NICs(ctx, s.dom.UUID)
+	if err != nil {
+		return nil, nil, err
+	}
+	known, from, err := s.Host.Addresses(ctx, s.dom.UUID)
+	if err != nil {
+		s.log.Debug("libvirt knows no addresses of the VM", "error", err)
+	}
+	named := map[string]bool{}
+	var all []netredirect.NIC
+	for _, n := range list {
+		mac := strings.ToLower(n.MAC)
+		nic := netredirect.NIC{MAC: mac, Bridge: n.Bridge, Tap: n.Tap}
+		for key, addrs := range s.req.VMAddresses {
+			if strings.EqualFold(key, mac) || key == n.Tap || key == n.Bridge {
+				named[key] = true
+				nic.Addresses = append(nic.Addresses, addrs...)
+			}
+		}
+		if len(nic.Addresses) == 0 {
+			for _, p := range known[mac] {
+				nic.Addresses = append(nic.Addresses, p.Addr())
+			}
+		}
+		if len(nic.Addresses) == 0 || from[mac] == hypervisor.FromARP && s.req.VMAddresses == nil {
+			// The neighbour table has those only that the host has spoken with.
+			nic.Addresses = append(nic.Addresses, s.Redirects.Observed(ctx, nic)...)
+		}
+		slices.SortFunc(nic.Addresses, netip.Addr.Compare)
+		nic.Addresses = slices.Compact(nic.Addresses)
+		all = append(all, nic)
+	}
+	for key := range s.req.VMAddresses {
+		if !named[key] {
+			return nil, nil, fmt.Errorf("--address %s=…: the VM has no interface with that MAC, tap or bridge", key)
+		}
+	}
+	return all, nil, nil
+}
+
+func addrOf(a net.Addr) (netip.Addr, error) {
+	udp, ok := a.(*net.UDPAddr)
+	if !ok {
+		return netip.Addr{}, fmt.Errorf("the session's address %v is not of UDP", a)
+	}
+	addr, ok := netip.AddrFromSlice(udp.IP)
+	if !ok {
+		return netip.Addr{}, fmt.Errorf("the session's address %v is not of IP", a)
+	}
+	return addr.Unmap(), nil
+}
+
+func redirectFindings(from []netredirect.Finding) []Finding {
+	var all []Finding
+	for _, f := range from {
+		all = append(all, Finding(f))
+	}
+	return all
+}
+
+// prepareRedirect makes the redirect ready at both hosts, beside the sync.
+func (s *source) prepareRedirect(ctx context.Context) {
+	r := &s.redirect
+	r.ready = make(chan struct{})
+	if len(r.ask.NICs) == 0 {
+		close(r.ready)
+		return
+	}
+	go func() {
+		defer close(r.ready)
+		ctx, cancel := context.WithTimeout(ctx, 45*time.Second)
+		defer cancel()
+		if r.err = s.beginRedirect(ctx); r.err != nil {
+			s.log.Warn("connections will not be redirected", "error", r.err)
+			s.move.update(func(st *Status) {
+				st.Findings = append(slices.Clone(st.Findings), Finding{Check: "redirect", Problem: "connections are not redirected: " + r.err.Error(),
+					Remedy: "clients have to connect again to the VM's new place"})
+			})
+		}
+	}()
+}
+
+func (s *source) beginRedirect(ctx context.Context) error {
+	address, err := addrOf(s.session.RemoteAddr())
+	if err != nil {
+		return err
+	}
+	ch, err := s.session.Open(ctx, redirectChannel, tunnel.Control)
+	if err != nil {
+		return err
+	}
+	c := &control{ch: ch}
+	call := func(ctx context.Context, op string, request, reply any) error {
+		return c.redirect(ctx, s.entry.Move, op, request, reply)
+	}
+	peer := netredirect.Peer{Site: s.req.To, ID: string(s.session.Peer()), Address: address}
+	x, err := s.Redirects.Begin(ctx, netredirect.VM{Move: s.entry.Move, Name: s.dom.Name, UUID: s.dom.UUID}, peer, s.redirect.ask, s.redirect.offer, call)
+	if err != nil {
+		return err
+	}
+	s.redirect.live = x
+	return nil
+}
+
+// redirectReady reports whether the stop need not wait for the redirect, and the
+// error of one that was asked for by name and can't be had.
+func (s *source) redirectReady() (bool, error) {
+	select {
+	case <-s.redirect.ready:
+		if s.redirect.err != nil && s.redirect.ask.Options.Kind != netredirect.Auto {
+			return true, fmt.Errorf("--redirect %s: %w", s.redirect.ask.Options.Kind, s.redirect.err)
+		}
+		return true, nil
+	default:
+		return false, nil
+	}
+}
+
+// switchRedirect sends the VM's packets into the tunnel: it has stopped.
+func (s *source) switchRedirect() {
+	if ready, _ := s.redirectReady(); ready && s.redirect.live != nil {
+		s.redirect.live.Switch()
+	}
+}
+
+// undoRedirect ends the redirect of a VM that stays.
+func (s *source) undoRedirect(why string) {
+	if s.redirect.ready == nil {
+		return
+	}
+	<-s.redirect.ready // its own time is bounded
+	if s.redirect.live != nil {
+		s.redirect.live.Undo(why)
+	}
+}
+
+// redirect asks the other side to serve an operation on a redirect.
+func (c *control) redirect(ctx context.Context, move, op string, request, reply any) error {
+	body, err := json.Marshal(request)
+	if err != nil {
+		return err
+	}
+	if err := c.send(ctx, kindRedirect, redirectRequest{move, op, body}); err != nil {
+		return err
+	}
+	var answer redirectAnswer
+	if err := c.expect(ctx, kindRedirected, &answer); err != nil {
+		return err
+	}
+	switch {
+	case answer.Unknown:
+		return netredirect.ErrUnknown
+	case answer.Error != "":
+		return fmt.Errorf("at the destination: %.*s", maxReason, answer.Error)
+	}
+	return decode(answer.Body, reply)
+}
+
+// answerRedirect serves an operation and sends what came of it.
+func (c *control) answerRedirect(ctx context.Context, serve func() (any, error)) error {
+	var answer redirectAnswer
+	reply, err := serve()
+	if err == nil {
+		answer.Body, err = json.Marshal(reply)
+	}
+	if err != nil {
+		answer.Error, answer.Unknown = err.Error(), errors.Is(err, netredirect.ErrUnknown)
+	}
+	return c.send(ctx, kindRedirected, answer)
+}
+
+// offerRedirect answers what a redirect to this host would be.
+func (e *Engine) offerRedirect(ctx context.Context, session *tunnel.Session, ask check) (*netredirect.Offer, error) {
+	if ask.Redirect == nil {
+		return nil, nil
+	}
+	from, err := addrOf(session.RemoteAddr())
+	if err != nil {
+		return nil, err
+	}
+	list, err := e.Host.PlannedNICs(ctx, ask.XML)
+	if err != nil {
+		return nil, err
+	}
+	offer, err := e.Redirects.Answer(*ask.Redirect, nicsOf(list), from)
+	return &offer, err
+}
+
+func nicsOf(list []hypervisor.Interface) []netredirect.NIC {
+	var all []netredirect.NIC
+	for _, n := range list {
+		all = append(all, netredirect.NIC{MAC: strings.ToLower(n.MAC), Bridge: n.Bridge, Tap: n.Tap})
+	}
+	return all
+}
+
+// serveRedirect answers the source of a guest that arrives, until its session ends.
+func (in *incoming) serveRedirect(ctx context.Context, ch *tunnel.Channel) error {
+	from, err := addrOf(in.session.RemoteAddr())
+	if err != nil {
+		return err
+	}
+	arrival := netredirect.Arrival{VM: netredirect.VM{Move: in.ask.Move, Name: in.ask.Name, UUID: in.ask.UUID},
+		Peer: netredirect.Peer{Site: in.entry.Site, ID: in.entry.Peer, Address: from}}
+	list, err := in.Host.NICs(ctx, in.ask.UUID)
+	if err != nil {
+		in.log.Warn("the arriving guest's interfaces are not known", "error", err)
+	}
+	arrival.NICs = nicsOf(list)
+	c := &control{ch: ch}
+	for {
+		kind, body, err := c.recv(ctx)
+		if err != nil {
+			return nil // with the session, whose end is told elsewhere
+		}
+		var ask redirectRequest
+		if kind != kindRedirect {
+			return fmt.Errorf("message %d does not belong to the redirect", kind)
+		}
+		if err := decode(body, &ask); err != nil {
+			return err
+		}
+		if err := c.answerRedirect(ctx, func() (any, error) { return in.Redirects.Serve(ctx, arrival, ask.Op, ask.Body) }); err != nil {
+			return nil
+		}
+	}
+}
+
+// inquire serves an operation on the redirect of a move that is over.
+func (e *Engine) inquire(ctx context.Context, session *tunnel.Session, ctl *control, body []byte) error {
+	var ask redirectRequest
+	if err := decode(body, &ask); err != nil {
+		return err
+	}
+	return ctl.answerRedirect(ctx, func() (any, error) {
+		return e.Redirects.Inquire(string(session.Peer()), ask.Move, ask.Op, ask.Body)
+	})
+}
+
+// line is a session to a site that is kept for questions about redirects.
+type line struct {
+	mu      sync.Mutex
+	session *tunnel.Session
+	ctl     *control
+}
+
+// CallRedirect asks the agent of a site to serve an operation on a redirect. The
+// session is kept for the next question.
+func (e *Engine) CallRedirect(ctx context.Context, site, peer, move, op string, request, reply any) error {
+	e.mu.Lock()
+	l := e.lines[site]
+	if l == nil {
+		l = &line{}
+		e.lines[site] = l
+	}
+	e.mu.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.session == nil || l.session.Err() != nil {
+		session, err := e.Dial(ctx, site)
+		if err != nil {
+			return err
+		}
+		if string(session.Peer()) != peer {
+			session.Close("not who was asked for")
+			return fmt.Errorf("site %s is another agent now: the VM was moved to %s", site, peer)
+		}
+		ctl, _, err := e.greet(ctx, session)
+		if err != nil {
+			session.Close("not greeted")
+			return err
+		}
+		l.session, l.ctl = session, ctl
+	}
+	err := l.ctl.redirect(ctx, move, op, request, reply)
+	if err != nil && !errors.Is(err, netredirect.ErrUnknown) && ctx.Err() != nil {
+		l.session.Close("no answer in time") // an answer that comes late would be taken for the next
+		l.session = nil
+	}
+	return err
+}
+
+// hangUp ends the kept sessions.
+func (e *Engine) hangUp() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, l := range e.lines {
+		if l.mu.TryLock() {
+			if l.session != nil {
+				l.session.Close("the agent stops")
+			}
+			l.mu.Unlock()
+		}
+	}
+}
