@@ -147,9 +147,16 @@ func planDestination(d destinationNeeds) Plan {
 // bridgeSysctls let the host forward on the bridge, and at the source answer
 // for the VM there.
 func bridgeSysctls(n hostNIC, answer bool) []hostnet.Step {
-	steps := []hostnet.Step{{Sysctl: &hostnet.Sysctl{Key: "net/ipv4/conf/" + n.Bridge + "/forwarding", Value: "1"}}}
-	if answer && slices.ContainsFunc(n.Addresses, netip.Addr.Is6) {
-		steps = append(steps, hostnet.Step{Sysctl: &hostnet.Sysctl{Key: "net/ipv6/conf/" + n.Bridge + "/proxy_ndp", Value: "1"}})
+	set := func(key string) hostnet.Step { return hostnet.Step{Sysctl: &hostnet.Sysctl{Key: key, Value: "1"}} }
+	steps := []hostnet.Step{set("net/ipv4/conf/" + n.Bridge + "/forwarding")}
+	if !answer {
+		return steps
+	}
+	if slices.ContainsFunc(n.Addresses, netip.Addr.Is6) {
+		steps = append(steps, set("net/ipv6/conf/"+n.Bridge+"/proxy_ndp"))
+	}
+	for _, ip := range []string{"ipv4", "ipv6"} { // or it answers up to 0.8 s late, as if it were one of many
+		steps = append(steps, hostnet.Step{Sysctl: &hostnet.Sysctl{Key: "net/" + ip + "/neigh/" + n.Bridge + "/proxy_delay", Value: "0"}})
 	}
 	return steps
 }
