@@ -1,0 +1,273 @@
+//go:build lab
+
+package routes
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+var cables atomic.Int32
+
+// cable is a network of one router and two hosts, which are this namespace.
+type cable struct {
+	t  *testing.T
+	n  int32
+	rt *router
+}
+
+// router is a BIRD.
+type router struct {
+	t    *testing.T
+	dir  string
+	cmd  *exec.Cmd
+	done chan struct{}
+	log  bytes.Buffer
+}
+
+func newCable(t *testing.T) *cable {
+	t.Helper()
+	c := &cable{t: t, n: cables.Add(1)}
+	return c
+}
+
+func (c *cable) v4(host int) netip.Addr {
+	return netip.MustParseAddr(fmt.Sprintf("10.77.%d.%d", c.n, host))
+}
+
+func (c *cable) v6(host int) netip.Addr {
+	return netip.MustParseAddr(fmt.Sprintf("fd77:%d::%d", c.n, host))
+}
+
+// start starts BIRD with protocols, a part of its configuration in which R4, R6,
+// H4, H6, S4 and S6 stand for the addresses of the router and the two hosts, and
+// plugs the cable in.
+func (c *cable) start(protocols string) *router {
+	c.t.Helper()
+	r := &router{t: c.t, dir: c.t.TempDir(), done: make(chan struct{})}
+	r.configure(c, protocols)
+	r.cmd = again(roleBIRD, "-c", r.file("conf"), "-s", r.file("ctl"))
+	r.cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWNET
+	r.cmd.Stderr = &r.log
+	if err := r.cmd.Start(); err != nil {
+		c.t.Fatal(err)
+	}
+	go func() {
+		_ = r.cmd.Wait()
+		close(r.done)
+	}()
+	c.t.Cleanup(func() {
+		r.kill()
+		if c.t.Failed() {
+			c.t.Logf("BIRD:\n%s", r.log.String())
+		}
+	})
+	eventually(c.t, "BIRD answers", func() error {
+		_, err := r.try("show status")
+		return err
+	})
+	c.plug(r)
+	c.rt = r
+	return r
+}
+
+func (r *router) file(name string) string { return filepath.Join(r.dir, name) }
+
+func (r *router) configure(c *cable, protocols string) {
+	c.t.Helper()
+	addresses := strings.NewReplacer(
+		"R4", c.v4(1).String(), "H4", c.v4(2).String(), "S4", c.v4(3).String(),
+		"R6", c.v6(1).String(), "H6", c.v6(2).String(), "S6", c.v6(3).String())
+	config := "log stderr all;\nrouter id R4;\nprotocol device { scan time 1; }\nprotocol direct { ipv4; ipv6; }\n" + protocols
+	if err := os.WriteFile(r.file("conf"), []byte(addresses.Replace(config)), 0o600); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// plug connects this namespace and the router's.
+func (c *cable) plug(r *router) {
+	c.t.Helper()
+	must := func(err error) {
+		c.t.Helper()
+		if err != nil {
+			c.t.Fatal(err)
+		}
+	}
+	name := fmt.Sprintf("t%d", c.n)
+	must(netlink.LinkAdd(&netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: "up", PeerNamespace: netlink.NsPid(r.cmd.Process.Pid),
+	}))
+	here, err := netlink.NewHandle()
+	must(err)
+	defer here.Close()
+	ns, err := netns.GetFromPid(r.cmd.Process.Pid)
+	must(err)
+	defer ns.Close()
+	there, err := netlink.NewHandleAt(ns)
+	must(err)
+	defer there.Close()
+	for _, end := range []struct {
+		at    *netlink.Handle
+		name  string
+		hosts []int
+	}{{there, "up", []int{1}}, {here, name, []int{2, 3}}} {
+		link, err := end.at.LinkByName(end.name)
+		must(err)
+		must(end.at.LinkSetUp(link))
+		for _, host := range end.hosts {
+			for _, a := range []netip.Addr{c.v4(host), c.v6(host)} {
+				bits := 24
+				if a.Is6() {
+					bits = 64
+				}
+				ip := &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, a.BitLen())}
+				must(end.at.AddrAdd(link, &netlink.Addr{IPNet: ip, Flags: unix.IFA_F_NODAD}))
+			}
+		}
+	}
+}
+
+// kill ends BIRD at once, and with it the cable.
+func (r *router) kill() {
+	_ = r.cmd.Process.Kill()
+	<-r.done
+}
+
+func (r *router) try(command string) (string, error) {
+	out, err := exec.Command("/usr/sbin/birdc", append([]string{"-s", r.file("ctl")}, strings.Fields(command)...)...).CombinedOutput()
+	return string(out), err
+}
+
+func (r *router) birdc(command string) string {
+	r.t.Helper()
+	out, err := r.try(command)
+	if err != nil {
+		r.t.Fatalf("birdc %s: %v\n%s", command, err, out)
+	}
+	return out
+}
+
+// noRoute is what birdc says, and fails with, when there is none.
+const noRoute = "Network not found"
+
+// route is what BIRD has of a prefix.
+func (r *router) route(p netip.Prefix) string {
+	r.t.Helper()
+	out, err := r.try("show route table master" + version(p) + " " + p.String() + " all")
+	if err != nil && !strings.Contains(out, noRoute) {
+		r.t.Fatalf("birdc: %v\n%s", err, out)
+	}
+	return out
+}
+
+func version(p netip.Prefix) string {
+	if p.Addr().Is4() {
+		return "4"
+	}
+	return "6"
+}
+
+// has waits until BIRD's route to the prefix says all that is wanted.
+func (r *router) has(p netip.Prefix, wanted ...string) {
+	r.t.Helper()
+	eventually(r.t, "route to "+p.String(), func() error {
+		out := r.route(p)
+		if strings.Contains(out, noRoute) {
+			return errors.New(noRoute)
+		}
+		for _, w := range wanted {
+			if !strings.Contains(out, w) {
+				return fmt.Errorf("no %q in:\n%s", w, out)
+			}
+		}
+		return nil
+	})
+}
+
+// lacks waits until BIRD has no route to the prefix.
+func (r *router) lacks(p netip.Prefix) {
+	r.t.Helper()
+	eventually(r.t, "no route to "+p.String(), func() error {
+		if out := r.route(p); !strings.Contains(out, noRoute) {
+			return fmt.Errorf("still:\n%s", out)
+		}
+		return nil
+	})
+}
+
+// eventually fails the test if something does not become true in time.
+func eventually(t *testing.T, what string, check func() error) {
+	t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %v", what, err)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// speak starts a speaker that ends with the test.
+func speak(t *testing.T, config Config, resume ...netip.Prefix) *Speaker {
+	t.Helper()
+	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelInfo}))
+	s, err := New(context.Background(), config, resume, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return s
+}
+
+// speakElsewhere starts a speaker in a process of its own.
+func speakElsewhere(t *testing.T, args speakerArgs) *exec.Cmd {
+	t.Helper()
+	text, err := json.Marshal(args)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := again(roleSpeaker, string(text))
+	cmd.Stderr = t.Output()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	return cmd
+}
+
+// state waits until the only peer's state is as wanted.
+func state(t *testing.T, s *Speaker, up bool, problem string) {
+	t.Helper()
+	eventually(t, "state of the peer", func() error {
+		p := s.Peers()[0]
+		if p.Up != up || !strings.Contains(p.Problem, problem) || (problem == "" && p.Problem != "") {
+			return fmt.Errorf("%+v, want up %v, problem %q", p, up, problem)
+		}
+		return nil
+	})
+}
