@@ -23,9 +23,10 @@ import (
 
 func (s *Site) birdConfig() string { return filepath.Join(s.Dir, "etc/bird/bird.conf") }
 
-// birdSocket is below the site's directory, which every process sees. In a data
-// centre it is where birdc looks for it.
-func (s *Site) birdSocket() string { return filepath.Join(s.Dir, "run/bird/bird.ctl") }
+// BirdSocket is where the site's router takes commands, for birdc -s. It is below
+// the site's directory, which every process sees; in a data centre birdc looks
+// there by itself.
+func (s *Site) BirdSocket() string { return filepath.Join(s.Dir, "run/bird/bird.ctl") }
 
 // birdTimers let a lost session be noticed, and a new one begin, within seconds.
 const birdTimers = `template bgp session {
@@ -196,7 +197,7 @@ func (s *Site) birdc(ctx context.Context, args ...string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	out, err := output(exec.CommandContext(ctx, program, append([]string{"-r", "-s", s.birdSocket()}, args...)...))
+	out, err := output(exec.CommandContext(ctx, program, append([]string{"-r", "-s", s.BirdSocket()}, args...)...))
 	if err != nil {
 		return "", fmt.Errorf("router of %s: %w", s.Name, err)
 	}

@@ -15,19 +15,36 @@
 // Guest networks are /24 and /64; each data centre routes to the other's over
 // wan0, and the users' default route is local-dc. Guests attach to br0.
 //
-// A supervisor process owns the lab: the link emulator, and for each data
-// centre an init that is process 1 of its own PID, mount, UTS, IPC and network
-// namespaces and the parent of libvirtd and the agent. The kernel kills an init with
-// the supervisor, and everything in a data centre, guests too, with its init.
-// Each data centre has its own /run, /etc/libvirt, /etc/wanmig, /etc/hosts and
-// /var/{lib,log,cache}/libvirt, /var/lib/wanmig, which stand below the
-// lab's directory; all other files are the host's.
+// A lab with services has a router (BIRD) in each site and a name server (BIND)
+// in local-dc; see bird.go for the sessions and named.go for the zones. The
+// users then have a second way out, and an address of their own, from which
+// they send to either data centre and which all routers know:
+//
+//	  local-dc                     users                     remote-dc
+//	+--------------+   +-------------------------+   +-------------------+
+//	| br0          |   | eth0        lo     eth1 |   | users             |
+//	| 10.10.0.1 .2 +---+ .100   10.30.0.1     .2 +---+ 10.254.2.1 .3     |
+//	| fd00:10::1 ::2   | ::100  fd00:30::1   ::2 |   | fd00:254:2::1 ::3 |
+//	+--------------+   +-------------------------+   +-------------------+
+//
+// The routers have the first address of a data centre, its agent the other.
+//
+// A supervisor process owns the lab: the link emulator, and for each site an
+// init, the parent of the site's daemons. In a data centre it is process 1 of
+// its own PID, mount, UTS, IPC and network namespaces, at the users it has
+// network and mounts of its own. The kernel kills an init with the supervisor,
+// and everything in a data centre, guests too, and the users' router with
+// their init. Each data centre has its own /run, /etc/libvirt, /etc/wanmig,
+// /etc/hosts, /var/{lib,log,cache}/libvirt, /var/lib/wanmig and, in a lab with
+// services, /etc/bind and /var/{lib,cache}/bind; the users then have their own
+// /etc/resolv.conf. These stand below the lab's directory; all other files are
+// the host's.
 //
 //	DIR/lab.json            Lab, for programs
 //	DIR/supervisor.log
 //	DIR/control.sock        the supervisor: the link
-//	DIR/sites/NAME/run …    the data centre's own directories, by their paths
-//	DIR/sites/NAME/log/     of init, libvirtd and agent
+//	DIR/sites/NAME/run …    the site's own directories, by their paths
+//	DIR/sites/NAME/log/     of init and the daemons
 //	DIR/sites/NAME/init.sock
 package lab
 

@@ -16,22 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// makeServices makes a lab with services, like makeLab.
 func makeServices(t *testing.T) *Lab {
 	t.Helper()
-	dir := filepath.Join(t.TempDir(), "lab")
-	before := traces(t, dir)
-	l, err := Up(t.Context(), Options{Dir: dir, NoAgent: true, Services: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Down(context.Background()); err != nil {
-			t.Error(err)
-		}
-		compareTraces(t, before, traces(t, dir))
-	})
-	return l
+	return upWith(t, Options{NoAgent: true, Services: true})
 }
 
 func TestUsersSendFromTheirOwnAddress(t *testing.T) {
@@ -305,5 +292,45 @@ func TestGuestHasBothFamiliesAndAName(t *testing.T) {
 	}
 	if records, err := l.Dig(t.Context(), Users, "web.wanlab.test", "A"); err != nil || len(records) > 0 {
 		t.Errorf("after the removal: %+v, %v", records, err)
+	}
+}
+
+func TestAgentsTakeTheConfigurationOfServices(t *testing.T) {
+	l := upWith(t, Options{Wanmig: buildWanmig(t), Services: true, AgentConfig: map[string]string{RemoteDC: "redirect: {quiet: 7s}"}})
+	remote := l.Sites[RemoteDC]
+	config := func() string {
+		t.Helper()
+		text, err := os.ReadFile(remote.Dir + agentFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	if got := config(); !strings.Contains(got, "redirect: {quiet: 7s}") || strings.Contains(got, "quiet: 5s") || !strings.Contains(got, "asn: 65021") {
+		t.Errorf("configuration given with up:\n%s", got)
+	}
+	before, err := remote.Daemons(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.SetAgentConfig(t.Context(), RemoteDC, "redirect: {quiet: 8s}"); err != nil {
+		t.Fatal(err)
+	}
+	after, err := remote.Daemons(t.Context())
+	if err != nil || !after[Agent].Running || after[Agent].Pid == before[Agent].Pid || !strings.Contains(config(), "quiet: 8s") {
+		t.Errorf("agent %+v, %v; want another than %+v, with\n%s", after[Agent], err, before[Agent], config())
+	}
+	run(t, l, RemoteDC, "wanmig", "site", "check", LocalDC)
+	if err := l.SetAgentConfig(t.Context(), RemoteDC, "colour: red"); err == nil || !strings.Contains(err.Error(), "colour") {
+		t.Errorf("unknown key: %v", err)
+	}
+	if err := l.SetAgentConfig(t.Context(), RemoteDC, ""); err != nil {
+		t.Fatal(err)
+	}
+	if daemons, err := remote.Daemons(t.Context()); err != nil || daemons[Agent].Running {
+		t.Errorf("an agent that had ended is %+v, %v", daemons[Agent], err)
+	}
+	if err := remote.StartAgent(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 }

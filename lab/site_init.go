@@ -75,7 +75,7 @@ func newDaemons(l *Lab, s *Site) *daemons {
 		}
 	}
 	if l.Services {
-		add(Bird, "bird", "-f", "-c", s.birdConfig(), "-s", s.birdSocket())
+		add(Bird, "bird", "-f", "-c", s.birdConfig(), "-s", s.BirdSocket())
 		if s.Name == LocalDC {
 			add(Named, "named", "-g", "-n", "1", "-c", namedFile)
 		}

@@ -18,13 +18,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// makeLab makes a lab without agents that is removed with the test, and checks
-// that its removal leaves nothing.
+// makeLab makes a lab without agents that is removed with the test.
 func makeLab(t *testing.T, link LinkSettings) *Lab {
 	t.Helper()
-	dir := filepath.Join(t.TempDir(), "lab")
-	before := traces(t, dir)
-	l, err := Up(t.Context(), Options{Dir: dir, Link: link, NoAgent: true})
+	return upWith(t, Options{Link: link, NoAgent: true})
+}
+
+// upWith makes a lab that is removed with the test, and checks that its removal
+// leaves nothing.
+func upWith(t *testing.T, o Options) *Lab {
+	t.Helper()
+	o.Dir = filepath.Join(t.TempDir(), "lab")
+	before := traces(t, o.Dir)
+	l, err := Up(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -32,7 +38,7 @@ func makeLab(t *testing.T, link LinkSettings) *Lab {
 		if err := l.Down(context.Background()); err != nil {
 			t.Error(err)
 		}
-		compareTraces(t, before, traces(t, dir))
+		compareTraces(t, before, traces(t, o.Dir))
 	})
 	return l
 }
@@ -220,21 +226,18 @@ func TestDaemonsAreKilledAndStarted(t *testing.T) {
 	}
 }
 
-func TestAgentsKnowEachOther(t *testing.T) {
-	wanmig := filepath.Join(t.TempDir(), "wanmig")
-	if out, err := exec.Command("go", "build", "-o", wanmig, "../cmd/wanmig").CombinedOutput(); err != nil {
+func buildWanmig(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "wanmig")
+	if out, err := exec.Command("go", "build", "-o", path, "../cmd/wanmig").CombinedOutput(); err != nil {
 		t.Fatalf("build wanmig: %v\n%s", err, out)
 	}
-	dir := filepath.Join(t.TempDir(), "lab")
-	l, err := Up(t.Context(), Options{Dir: dir, Wanmig: wanmig})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := Down(context.Background(), dir); err != nil {
-			t.Error(err)
-		}
-	})
+	return path
+}
+
+func TestAgentsKnowEachOther(t *testing.T) {
+	wanmig := buildWanmig(t)
+	l := upWith(t, Options{Wanmig: wanmig})
 	ids := map[string]string{}
 	for _, name := range DataCentres {
 		ids[name] = run(t, l, name, "wanmig", "id")

@@ -57,8 +57,8 @@ func printSummary(w io.Writer, l *lab.Lab) {
 	fmt.Fprintf(w, "  %-9s  %s %s on the guests' network of %s, ip netns %s\n",
 		lab.Users, users.Addr.Addr(), users.Addr6.Addr(), lab.LocalDC, users.Namespace)
 	if l.Services {
-		fmt.Fprintf(w, "  %-9s  own addresses %s %s, routers at all sites, names in %s\n",
-			"", users.Loopback.Addr(), users.Loopback6.Addr(), lab.Zone)
+		fmt.Fprintf(w, "             send from %s %s; names in %s; router at birdc -s %s\n",
+			users.Loopback.Addr(), users.Loopback6.Addr(), lab.Zone, users.BirdSocket())
 	}
 	fmt.Fprintf(w, `next:
   wanlab vm web

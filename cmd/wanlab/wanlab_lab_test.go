@@ -121,6 +121,25 @@ func TestCommands(t *testing.T) {
 	mustRun(t, dir, "down")
 }
 
+func TestUpWithServices(t *testing.T) {
+	dir := labDir(t)
+	got := mustRun(t, dir, "up", "--no-agent", "--services")
+	_, after, found := strings.Cut(got, "router at birdc -s ")
+	socket, _, _ := strings.Cut(after, "\n")
+	if !found {
+		t.Fatalf("up printed:\n%s", got)
+	}
+	if out, err := exec.Command("birdc", "-r", "-s", socket, "show", "status").CombinedOutput(); err != nil || !strings.Contains(string(out), "up and running") {
+		t.Errorf("birdc -s %s: %v\n%s", socket, err, out)
+	}
+	if got := mustRun(t, dir, "status"); strings.Count(got, "bird      runs") != 3 || strings.Count(got, "named     runs") != 1 {
+		t.Errorf("status printed:\n%s", got)
+	}
+	if got := mustRun(t, dir, "exec", lab.Users, "--", "getent", "ahostsv4", "ns.local-dc"); !strings.HasPrefix(got, "10.10.0.1 ") {
+		t.Errorf("users look up the name server: %s", got)
+	}
+}
+
 // TestUpIsStopped stops up at many moments, asking it and killing it.
 func TestUpIsStopped(t *testing.T) {
 	dir := labDir(t)
