@@ -148,9 +148,11 @@ func (p packet) unfinished() (field int, yes bool) {
 	if header == 0 || p.fragment || len(p.data) < p.upper+header {
 		return 0, false
 	}
-	addresses := p.data[8:header6]
+	var addresses []byte
 	if p.is4() {
 		addresses = p.data[12:header4]
+	} else {
+		addresses = p.data[8:header6]
 	}
 	pseudo := sum(uint64(p.protocol)+uint64(len(p.data)-p.upper), addresses)
 	return field, binary.BigEndian.Uint16(p.data[field:]) == fold(pseudo)
