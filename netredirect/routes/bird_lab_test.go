@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -241,23 +242,54 @@ func speak(t *testing.T, config Config, resume ...netip.Prefix) *Speaker {
 	return s
 }
 
-// speakElsewhere starts a speaker in a process of its own.
-func speakElsewhere(t *testing.T, args speakerArgs) *exec.Cmd {
+// process is a speaker in a process of its own.
+type process struct {
+	t     *testing.T
+	cmd   *exec.Cmd
+	input io.WriteCloser
+}
+
+func speakElsewhere(t *testing.T, args speakerArgs) *process {
 	t.Helper()
 	text, err := json.Marshal(args)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := again(roleSpeaker, string(text))
-	cmd.Stderr = t.Output()
-	if err := cmd.Start(); err != nil {
+	p := &process{t: t, cmd: again(roleSpeaker, string(text))}
+	p.cmd.Stderr = t.Output()
+	if p.input, err = p.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	return cmd
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.kill)
+	return p
+}
+
+// tell has the speaker "announce" or "withdraw".
+func (p *process) tell(verb string, prefixes ...netip.Prefix) {
+	p.t.Helper()
+	for _, prefix := range prefixes {
+		if _, err := fmt.Fprintln(p.input, verb, prefix); err != nil {
+			p.t.Fatal(err)
+		}
+	}
+}
+
+// kill ends the process at once.
+func (p *process) kill() {
+	_ = p.cmd.Process.Kill()
+	_ = p.cmd.Wait()
+}
+
+// end lets it close its speaker.
+func (p *process) end() {
+	p.t.Helper()
+	p.input.Close()
+	if err := p.cmd.Wait(); err != nil {
+		p.t.Error("speaker:", err)
+	}
 }
 
 // state waits until the only peer's state is as wanted.

@@ -3,6 +3,7 @@
 package routes
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,7 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"os/signal"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -42,9 +43,8 @@ func TestMain(m *testing.M) {
 	case "":
 		err = enterNamespace()
 	case roleTests:
-		// The tests wait more than they work.
 		flag.Parse()
-		if err = errors.Join(prepareNamespace(), flag.Set("test.parallel", "8")); err == nil {
+		if err = errors.Join(prepareNamespace(), flag.Set("test.parallel", parallel)); err == nil {
 			os.Exit(m.Run())
 		}
 	case roleBIRD:
@@ -93,29 +93,35 @@ func prepareNamespace() error {
 	return netlink.LinkSetUp(lo)
 }
 
-// speakerArgs are what a speaker of its own process does.
+// speakerArgs are what a speaker of its own process begins with.
 type speakerArgs struct {
 	Config Config
 	Resume []netip.Prefix
-	Then   []netip.Prefix // announced after New
 }
 
-// runSpeaker speaks until it is killed, or closes in order at SIGTERM.
+// runSpeaker obeys the lines of its input, "announce PREFIX" or "withdraw
+// PREFIX", and closes at their end.
 func runSpeaker() error {
 	var args speakerArgs
 	if err := json.Unmarshal([]byte(os.Args[1]), &args); err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
-	defer stop()
 	s, err := New(ctx, args.Config, args.Resume, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	if err != nil {
 		return err
 	}
-	if err := s.Announce(ctx, args.Then); err != nil {
-		return err
+	defer s.Close()
+	lines := bufio.NewScanner(os.Stdin)
+	for lines.Scan() {
+		verb, text, _ := strings.Cut(lines.Text(), " ")
+		prefix, err := netip.ParsePrefix(text)
+		if err == nil {
+			do := map[string]func(context.Context, []netip.Prefix) error{"announce": s.Announce, "withdraw": s.Withdraw}[verb]
+			err = do(ctx, []netip.Prefix{prefix})
+		}
+		if err != nil {
+			return err
+		}
 	}
-	<-ctx.Done()
-	s.Close()
-	return nil
+	return lines.Err()
 }

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -192,19 +191,17 @@ func TestSeen(t *testing.T) {
 			source := speak(t, Config{ASN: test.asns[2], RouterID: c.v4(3), Peers: []Peer{
 				{Address: c.v4(1), ASN: test.asns[0], Local: c.v4(3), Watch: true},
 			}})
-			dest := speak(t, Config{
+			dest := speakElsewhere(t, speakerArgs{Config: Config{
 				ASN: test.asns[1], RouterID: c.v4(2), NextHop6: c.v6(2), Communities: []string{"65020:1:2", "65020:100"},
 				Peers: []Peer{{Address: c.v4(1), ASN: test.asns[0], Local: c.v4(2)}},
-			})
+			}})
 			state(t, source, true, "")
 			for _, p := range vm {
 				if seen, err := source.Seen(p); err != nil || len(seen) != 0 {
 					t.Errorf("before: %v, %v", seen, err)
 				}
 			}
-			if err := dest.Announce(ctx, vm); err != nil {
-				t.Fatal(err)
-			}
+			dest.tell("announce", vm...)
 			// The next hop stays the destination's also across eBGP, in one network.
 			hops := map[netip.Prefix]netip.Addr{vm4: c.v4(2), vm6: c.v6(2)}
 			for _, p := range vm {
@@ -214,16 +211,12 @@ func TestSeen(t *testing.T) {
 					t.Errorf("%s: %+v", p, seen)
 				}
 			}
-			if err := dest.Withdraw(ctx, vm); err != nil {
-				t.Fatal(err)
-			}
+			dest.tell("withdraw", vm...)
 			for _, p := range vm {
 				awaitSeen(t, source, p, false)
 			}
 			// A router that is gone advertises nothing.
-			if err := dest.Announce(ctx, vm); err != nil {
-				t.Fatal(err)
-			}
+			dest.tell("announce", vm...)
 			awaitSeen(t, source, vm4, true)
 			c.rt.kill()
 			awaitSeen(t, source, vm4, false)
@@ -412,36 +405,46 @@ func TestFamilyMissing(t *testing.T) {
 	state(t, s, true, "the peer takes no IPv6 routes")
 }
 
-// TestTooManyPrefixes floods a speaker, which must let go of the session and
-// come back when the router is filtered.
-func TestTooManyPrefixes(t *testing.T) {
+// TestManyPrefixes floods a speaker. One that takes less must let go of the
+// session, and come back when the router is filtered.
+func TestManyPrefixes(t *testing.T) {
 	t.Parallel()
-	c := newCable(t)
-	var flood strings.Builder
-	flood.WriteString("protocol static { ipv4;\n")
+	var static strings.Builder
+	static.WriteString("protocol static { ipv4;\n")
 	for i := range 5000 {
-		fmt.Fprintf(&flood, "route 100.64.%d.%d/32 via R4;\n", i/250, i%250)
+		fmt.Fprintf(&static, "route 100.64.%d.%d/32 via R4;\n", i/250, i%250)
 	}
-	flood.WriteString("}\n")
-	r := c.start(ebgp4 + flood.String())
-	last := netip.MustParsePrefix("100.64.19.249/32")
-	s := speak(t, Config{ASN: 65010, RouterID: c.v4(2), Peers: []Peer{{Address: c.v4(1), ASN: 65001, MaxPrefixes: 1000}}})
-	if err := s.Announce(ctx, []netip.Prefix{vm4}); err != nil {
-		t.Fatal(err)
+	static.WriteString("}\n")
+	flood, last := static.String(), netip.MustParsePrefix("100.64.19.249/32")
+	for _, test := range []struct {
+		name   string
+		limit  uint32
+		closed bool
+	}{{"few allowed", 1000, true}, {"one too many", 4999, true}, {"just enough", 5000, false}, {"as usual", 0, false}} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			c := newCable(t)
+			r := c.start(ebgp4 + flood)
+			s := speak(t, Config{ASN: 65010, RouterID: c.v4(2), Peers: []Peer{{Address: c.v4(1), ASN: 65001, MaxPrefixes: test.limit}}})
+			if err := s.Announce(ctx, []netip.Prefix{vm4}); err != nil {
+				t.Fatal(err)
+			}
+			if !test.closed {
+				awaitSeen(t, s, last, true)
+				state(t, s, true, "")
+				r.has(vm4)
+				return
+			}
+			state(t, s, false, fmt.Sprintf("sends more than %d prefixes", test.limit))
+			if seen, err := s.Seen(last); err != nil || len(seen) != 0 {
+				t.Errorf("seen beyond the limit: %v, %v", seen, err)
+			}
+			r.configure(c, strings.Replace(ebgp4, "export all", "export none", 1)+flood)
+			r.birdc("configure")
+			state(t, s, true, "")
+			r.has(vm4)
+		})
 	}
-	state(t, s, false, "sends more than 1000 prefixes")
-	if seen, err := s.Seen(last); err != nil || len(seen) != 0 {
-		t.Errorf("seen beyond the limit: %v, %v", seen, err)
-	}
-	roomy := speak(t, Config{ASN: 65020, RouterID: c.v4(3), Peers: []Peer{{Address: c.v4(1), ASN: 65001, Local: c.v4(3)}}})
-	r.configure(c, ebgp4+flood.String()+"protocol bgp roomy { local R4 as 65001; neighbor S4 as 65020; "+channels+" }\n")
-	r.birdc("configure")
-	awaitSeen(t, roomy, last, true) // the usual limit lets thousands pass
-
-	r.configure(c, strings.Replace(ebgp4, "export all", "export none", 1)+flood.String())
-	r.birdc("configure")
-	state(t, s, true, "")
-	r.has(vm4)
 }
 
 // TestGracefulRestart kills a speaker's process: the route stays until the next
@@ -449,13 +452,13 @@ func TestTooManyPrefixes(t *testing.T) {
 func TestGracefulRestart(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		name   string
-		signal syscall.Signal
-		dead   bool // a second router is down
+		name string
+		end  func(p *process)
+		dead bool // a second router is down
 	}{
-		{"killed", syscall.SIGKILL, false},
-		{"closed", syscall.SIGTERM, false},
-		{"killed, another router down", syscall.SIGKILL, true},
+		{"killed", (*process).kill, false},
+		{"closed", (*process).end, false},
+		{"killed, another router down", (*process).kill, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -470,16 +473,12 @@ func TestGracefulRestart(t *testing.T) {
 				args.Config.Peers = append(args.Config.Peers, Peer{Address: c.v4(9), ASN: 65001, Local: c.v4(2)})
 			}
 			other := netip.MustParsePrefix("192.0.2.11/32")
-			args.Then = append([]netip.Prefix{other}, vm...)
 			first := speakElsewhere(t, args)
-			for _, p := range args.Then {
+			first.tell("announce", other, vm4, vm6)
+			for _, p := range []netip.Prefix{other, vm4, vm6} {
 				r.has(p)
 			}
-
-			if err := first.Process.Signal(test.signal); err != nil {
-				t.Fatal(err)
-			}
-			_ = first.Wait()
+			test.end(first)
 			eventually(t, "BIRD keeps stale routes", func() error {
 				if out := r.birdc("show protocols all host4"); !strings.Contains(out, "Neighbor graceful restart active") {
 					return errors.New(out)
@@ -507,7 +506,7 @@ func TestGracefulRestart(t *testing.T) {
 					}
 				}
 			}()
-			args.Resume, args.Then = vm, nil
+			args.Resume = vm
 			speakElsewhere(t, args)
 			r.lacks(other)
 			eventually(t, "BIRD has fresh routes", func() error {
