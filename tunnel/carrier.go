@@ -17,19 +17,20 @@ import (
 const Carriers = 16
 
 var (
-	errTooMany   = errors.New("the session has all its carriers")
+	errTooMany   = errors.New("all carriers are there")
 	errNoSession = errors.New("no such session of this agent")
 )
 
-// joinAll dials the other carriers of a session. Those that fail are missing,
-// and nothing else.
-func (e *Endpoint) joinAll(s *Session, addr netip.AddrPort, t token) {
+// joinAll dials the other carriers of what the token t names. Those that fail
+// are missing, and nothing else.
+func (e *Endpoint) joinAll(to bundled, addr netip.AddrPort, t token) {
+	b := to.common()
 	var mu sync.Mutex
 	var failed []error
 	var all sync.WaitGroup
-	for range Carriers - 1 {
+	for range b.most - 1 {
 		all.Go(func() {
-			if err := e.joinOne(s, addr, t); err != nil {
+			if err := e.joinOne(to, addr, t); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				failed = append(failed, err)
@@ -38,25 +39,26 @@ func (e *Endpoint) joinAll(s *Session, addr netip.AddrPort, t token) {
 	}
 	all.Wait()
 	switch {
-	case s.Err() != nil:
+	case b.Err() != nil:
 		return
 	case len(failed) > 0:
-		e.log.Warn("session has fewer carriers", "peer", s.peer, "addr", addr,
-			"carriers", Carriers-len(failed), "wanted", Carriers, "error", failed[0])
+		e.log.Warn("carriers are missing", "peer", b.peer, "addr", addr,
+			"carriers", b.most-len(failed), "wanted", b.most, "error", failed[0])
 	default:
-		e.log.Debug("session has its carriers", "peer", s.peer, "addr", addr, "carriers", Carriers)
+		e.log.Debug("carriers are complete", "peer", b.peer, "addr", addr, "carriers", b.most)
 	}
 }
 
-func (e *Endpoint) joinOne(s *Session, addr netip.AddrPort, t token) error {
-	ctx, cancel := context.WithTimeout(s.ctx, handshakeTimeout)
+func (e *Endpoint) joinOne(to bundled, addr netip.AddrPort, t token) error {
+	b := to.common()
+	ctx, cancel := context.WithTimeout(b.ctx, handshakeTimeout)
 	defer cancel()
 	began := time.Now()
-	conn, err := e.dialCarrier(ctx, addr, s.peer, t)
+	conn, err := e.dialCarrier(ctx, addr, b.peer, t)
 	if err != nil {
-		return e.explainDial(addr, s.peer, time.Since(began), err)
+		return e.explainDial(addr, b.peer, time.Since(began), err)
 	}
-	if err := s.addCarrier(conn); err != nil {
+	if err := to.addCarrier(conn); err != nil {
 		conn.CloseWithError(closeReason, "not needed")
 		return err
 	}
@@ -92,7 +94,8 @@ func (e *Endpoint) dialCarrier(ctx context.Context, addr netip.AddrPort, peer ID
 	return conn, nil
 }
 
-// join takes a connection into the session that it asks for.
+// join takes a connection into the session, or the packets' connections, that it
+// asks for.
 func (e *Endpoint) join(conn *quic.Conn) {
 	ctx, cancel := context.WithTimeout(conn.Context(), headerTimeout)
 	defer cancel()
@@ -121,8 +124,8 @@ func (e *Endpoint) admitCarrier(ctx context.Context, conn *quic.Conn, peer ID) e
 	if err != nil {
 		return err
 	}
-	s := e.joinable(t)
-	if s == nil || s.peer != peer {
+	to := e.joinable(t)
+	if to == nil || to.common().peer != peer {
 		return errNoSession
 	}
 	if err := greet(conn, t); err != nil {
@@ -134,10 +137,11 @@ func (e *Endpoint) admitCarrier(ctx context.Context, conn *quic.Conn, peer ID) e
 	if err != nil {
 		return err
 	}
-	return s.addCarrier(conn)
+	return to.addCarrier(conn)
 }
 
-func (e *Endpoint) joinable(t token) *Session {
+// joinable returns what the token names, or nil.
+func (e *Endpoint) joinable(t token) bundled {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.tokens[t]
@@ -146,16 +150,11 @@ func (e *Endpoint) joinable(t token) *Session {
 // addCarrier gives a session one more connection.
 func (s *Session) addCarrier(conn *quic.Conn) error {
 	s.mu.Lock()
-	if s.ended {
+	number, err := s.join(conn)
+	if err != nil {
 		s.mu.Unlock()
-		return s.Err()
+		return err
 	}
-	if len(s.carriers) == Carriers {
-		s.mu.Unlock()
-		return errTooMany
-	}
-	s.carriers = append(s.carriers, conn)
-	number := len(s.carriers)
 	var extend []*stripe
 	for _, st := range s.stripes {
 		if st.ours {
@@ -169,21 +168,6 @@ func (s *Session) addCarrier(conn *quic.Conn) error {
 		s.run(func() { st.extend(conn) })
 	}
 	return nil
-}
-
-// watch ends the session with the connection.
-func (s *Session) watch(conn *quic.Conn, number int) {
-	s.run(func() {
-		<-conn.Context().Done()
-		err := s.explain(context.Cause(conn.Context()))
-		code := closeLost
-		if errors.Is(err, ErrClosedByPeer) {
-			code = closeReason
-		} else if number > 1 {
-			err = fmt.Errorf("%w (carrier %d)", err, number)
-		}
-		s.end(err, code, printable(err.Error()))
-	})
 }
 
 // acceptLanes takes in the streams that the peer opens on a joined carrier.

@@ -13,19 +13,16 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// awaitCarriers waits until the session has n connections.
-func awaitCarriers(t testing.TB, s *Session, n int) []*quic.Conn {
+// awaitCarriers waits until a session or packets have n connections.
+func awaitCarriers(t testing.TB, s bundled, n int) []*quic.Conn {
 	t.Helper()
 	for range 1000 {
-		s.mu.Lock()
-		carriers := s.carriers
-		s.mu.Unlock()
-		if len(carriers) == n {
+		if carriers := s.common().all(); len(carriers) == n {
 			return carriers
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	t.Fatalf("the session has not got %d carriers", n)
+	t.Fatalf("%d carriers did not come", n)
 	return nil
 }
 
@@ -268,7 +265,7 @@ func TestJoinersBeyondTheLimit(t *testing.T) {
 	conn, stream := rawJoin(t, s.endpoint, id, s.token.append(nil))
 	stream.Close()
 	awaitEnd(t, conn)
-	s.book.await(t, "refused a carrier", "all its carriers")
+	s.book.await(t, "refused a carrier", "all carriers are there")
 	if s.Err() != nil {
 		t.Error(s.Err())
 	}

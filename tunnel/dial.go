@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -178,11 +179,22 @@ func (e *Endpoint) dialConn(ctx context.Context, addr netip.AddrPort, peer ID, p
 	return e.transport.Dial(ctx, net.UDPAddrFromAddrPort(addr), tlsConfig, quicConfig())
 }
 
-func awaitGreeting(ctx context.Context, conn *quic.Conn) (t token, err error) {
+func awaitGreeting(ctx context.Context, conn *quic.Conn) (token, error) {
 	stream, err := conn.AcceptUniStream(ctx)
 	if err != nil {
 		return token{}, err
 	}
+	return readGreeting(ctx, stream)
+}
+
+// greetingStream is a quic.Stream or quic.ReceiveStream.
+type greetingStream interface {
+	io.Reader
+	SetReadDeadline(time.Time) error
+}
+
+// readGreeting reads a greeting up to the end of its stream.
+func readGreeting(ctx context.Context, stream greetingStream) (t token, err error) {
 	err = interruptible(ctx, stream.SetReadDeadline, func() error {
 		if t, err = readToken(stream); err != nil {
 			return err

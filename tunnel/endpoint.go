@@ -52,11 +52,10 @@ type Endpoint struct {
 	accepting  sync.WaitGroup  // what fills arrivals and offers
 	running    sync.WaitGroup  // everything else that the endpoint and its sessions run
 
-	mu       sync.Mutex
-	sessions map[*Session]struct{}
-	tokens   map[token]*Session // what may be joined
-	packets  map[*Packets]struct{}
-	closed   bool
+	mu     sync.Mutex
+	open   map[bundled]struct{}
+	tokens map[token]bundled // what may be joined
+	closed bool
 }
 
 // Listen opens the UDP address addr ("host:port"; without a host, all addresses
@@ -99,9 +98,8 @@ func newEndpoint(socket net.PacketConn, id *Identity, trusted func(ID) bool, log
 		arrivals: make(chan *quic.Conn, maxHandshakes),
 		offers:   make(chan offer),
 		deaf:     make(chan struct{}),
-		sessions: make(map[*Session]struct{}),
-		tokens:   make(map[token]*Session),
-		packets:  make(map[*Packets]struct{}),
+		open:     make(map[bundled]struct{}),
+		tokens:   make(map[token]bundled),
 	}
 	e.transport = &quic.Transport{
 		Conn:                socket,
@@ -286,34 +284,39 @@ func greet(conn *quic.Conn, t token) error {
 	return stream.Close()
 }
 
-// keep makes a session of its first connection, and holds it until it ends, so
-// that Close can close it. With a token it can be joined.
+// keep makes a session of its first connection. With a token it can be joined.
 func (e *Endpoint) keep(conn *quic.Conn, t *token) (*Session, error) {
 	peer, ok := peerID(conn.ConnectionState().TLS)
 	if !ok {
 		return nil, &identityError{}
 	}
+	s := newSession(conn, peer, t == nil, &e.running)
+	return s, e.hold(s, t)
+}
+
+// hold keeps a bundle until it ends, so that Close can close it.
+func (e *Endpoint) hold(it bundled, t *token) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closed {
-		return nil, ErrClosed
+		return ErrClosed
 	}
-	s := newSession(conn, peer, t == nil, &e.running)
-	e.sessions[s] = struct{}{}
+	e.open[it] = struct{}{}
 	if t != nil {
-		e.tokens[*t] = s
+		e.tokens[*t] = it
 	}
-	s.run(func() {
-		<-s.Done()
+	b := it.common()
+	b.run(func() {
+		<-b.Done()
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		delete(e.sessions, s)
+		delete(e.open, it)
 		if t != nil {
 			delete(e.tokens, *t)
 		}
 	})
-	s.watch(conn, 1)
-	return s, nil
+	b.watch(b.first, 1)
+	return nil
 }
 
 // Addr returns the local address.
@@ -329,17 +332,13 @@ func (e *Endpoint) Close() error {
 		return nil
 	}
 	e.closed = true
-	open := slices.Collect(maps.Keys(e.sessions))
-	packets := slices.Collect(maps.Keys(e.packets))
+	open := slices.Collect(maps.Keys(e.open))
 	e.mu.Unlock()
 
 	const reason = "the agent is stopping"
 	err := e.listener.Close()
-	for _, s := range open {
-		s.Close(reason)
-	}
-	for _, p := range packets {
-		p.Close(reason)
+	for _, it := range open {
+		it.common().Close(reason)
 	}
 	for conn := range e.arrivals { // dialers that nobody has accepted
 		leave(conn)

@@ -2,10 +2,12 @@ package tunnel
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -13,16 +15,18 @@ import (
 
 const packetsProtocol = "wanmig/1/packets" // ALPN of a connection for packets
 
+// packetCarriers is how many connections carry packets together. The measurements
+// that chose it are in the package's part on packets.
+const packetCarriers = 8
+
 // Packets carries packets to one agent whose identity was verified, each whole or
 // not at all, perhaps late or in another order. Its methods are safe for concurrent
 // use.
 type Packets struct {
-	peer ID
-	tag  []byte
-	conn *quic.Conn
-
-	ctx    context.Context // ends with the connection, and has the reason
-	cancel context.CancelCauseFunc
+	*bundle
+	tag     []byte
+	in, out chan []byte
+	maxSize atomic.Int64
 }
 
 // DialPackets opens a connection for packets to the agent peer at addr, which
@@ -38,13 +42,16 @@ func (e *Endpoint) DialPackets(ctx context.Context, addr string, peer ID, tag []
 		if err != nil {
 			return err
 		}
-		if err = requestPackets(ctx, conn, tag); err == nil {
-			p, err = e.keepPackets(conn, tag)
+		t, err := requestPackets(ctx, conn, tag)
+		if err == nil {
+			p, err = e.keepPackets(conn, tag, nil)
 		}
 		if err != nil {
 			conn.CloseWithError(closeReason, "not taken up")
+			return err
 		}
-		return err
+		e.joinAll(p, addr, t)
+		return p.Err()
 	})
 	if err != nil {
 		return nil, err
@@ -52,19 +59,20 @@ func (e *Endpoint) DialPackets(ctx context.Context, addr string, peer ID, tag []
 	return p, nil
 }
 
-// requestPackets asks the listener to take the connection, and waits until it has.
-func requestPackets(ctx context.Context, conn *quic.Conn, tag []byte) error {
+// requestPackets asks the listener to take the connection. It returns when that
+// has, with the token for the other carriers.
+func requestPackets(ctx context.Context, conn *quic.Conn, tag []byte) (t token, err error) {
 	stream, err := conn.OpenStream()
 	if err != nil {
-		return err
+		return token{}, err
 	}
 	if _, err := stream.Write(appendTag(nil, tag)); err != nil {
-		return err
+		return token{}, err
 	}
 	if err := stream.Close(); err != nil {
-		return err
+		return token{}, err
 	}
-	return interruptible(ctx, stream.SetReadDeadline, func() error { return readTaken(stream) })
+	return readGreeting(ctx, stream)
 }
 
 // offer is a dialer's connection for packets that waits for AcceptPackets.
@@ -126,9 +134,11 @@ func (e *Endpoint) AcceptPackets(ctx context.Context) (*Packets, error) {
 		if !leave(o.conn) {
 			continue // it ended while it waited, and was logged then
 		}
-		p, err := e.keepPackets(o.conn, o.tag)
+		var t token
+		rand.Read(t[:]) // never fails
+		p, err := e.keepPackets(o.conn, o.tag, &t)
 		if err == nil {
-			if _, err = o.stream.Write([]byte{takenVersion}); err == nil {
+			if _, err = o.stream.Write(t.append(nil)); err == nil {
 				err = o.stream.Close()
 			}
 		}
@@ -141,128 +151,166 @@ func (e *Endpoint) AcceptPackets(ctx context.Context) (*Packets, error) {
 	}
 }
 
-// keepPackets holds a connection until it ends, so that Close can close it.
-func (e *Endpoint) keepPackets(conn *quic.Conn, tag []byte) (*Packets, error) {
+// keepPackets makes Packets of their first connection. With a token they can be
+// joined.
+func (e *Endpoint) keepPackets(conn *quic.Conn, tag []byte, t *token) (*Packets, error) {
 	peer, ok := peerID(conn.ConnectionState().TLS)
 	if !ok {
 		return nil, &identityError{}
 	}
-	p := &Packets{peer: peer, tag: append([]byte(nil), tag...), conn: conn}
-	p.ctx, p.cancel = context.WithCancelCause(context.Background())
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.closed {
-		return nil, ErrClosed
+	if err := takesDatagrams(conn); err != nil {
+		return nil, err
 	}
-	e.packets[p] = struct{}{}
-	e.running.Go(func() {
-		<-conn.Context().Done()
-		p.cancel(explainEnd(conn.RemoteAddr(), context.Cause(conn.Context())))
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		delete(e.packets, p)
-	})
-	e.running.Go(p.discover)
+	p := &Packets{
+		bundle: newBundle(conn, peer, packetCarriers, &e.running),
+		tag:    slices.Clone(tag),
+		in:     make(chan []byte),
+		out:    make(chan []byte),
+	}
+	p.measure()
+	if err := e.hold(p, t); err != nil {
+		return nil, err
+	}
+	p.serve(conn)
+	p.run(p.discover)
 	return p, nil
 }
 
-// Discovery of the path's MTU goes on when something is sent: one probe each
-// five round trips, half as far from the goal each time.
-const (
-	discoveryProbes   = 12
-	discoveryTrips    = 5
-	discoveryInterval = 10 * time.Millisecond
-)
-
-// discover sends empty packets, which are not delivered, until the path's MTU is
-// known, since a tunnel that awaits its first packet needs to know it.
-func (p *Packets) discover() {
-	for range discoveryProbes {
-		wait := max(discoveryInterval, discoveryTrips*p.conn.ConnectionStats().SmoothedRTT)
-		select {
-		case <-p.ctx.Done():
-			return
-		case <-time.After(wait + discoveryInterval):
-		}
-		if p.conn.SendDatagram(nil) != nil {
-			return
-		}
-	}
-}
-
-// Peer returns the peer's verified ID.
-func (p *Packets) Peer() ID { return p.peer }
-
-// Tag returns what the dialer said that the connection is for.
-func (p *Packets) Tag() []byte { return p.tag }
-
-// LocalAddr returns the address from which this host sends to the peer.
-func (p *Packets) LocalAddr() net.Addr { return localAddr(p.conn) }
-
-// RemoteAddr returns the peer's address.
-func (p *Packets) RemoteAddr() net.Addr { return p.conn.RemoteAddr() }
-
-// Send sends one packet. The error is an ErrTooLarge when b is larger than
-// MaxSize.
-func (p *Packets) Send(b []byte) error {
-	err := p.conn.SendDatagram(b)
-	var large *quic.DatagramTooLargeError
-	if errors.As(err, &large) {
-		return fmt.Errorf("%w: %d bytes, at most %d fit", ErrTooLarge, len(b), large.MaxDatagramPayloadSize)
-	}
-	if err != nil {
-		return fmt.Errorf("send packet: %w", p.explain(err))
+// takesDatagrams returns an error when the peer has not said that it does.
+func takesDatagrams(conn *quic.Conn) error {
+	if !conn.ConnectionState().SupportsDatagrams.Remote {
+		return fmt.Errorf("%w: the agent at %s takes no QUIC datagrams", ErrVersion, conn.RemoteAddr())
 	}
 	return nil
 }
 
-// Receive returns the next packet.
-func (p *Packets) Receive(ctx context.Context) ([]byte, error) {
-	for {
-		b, err := p.conn.ReceiveDatagram(ctx)
-		switch {
-		case err == nil && len(b) > 0:
-			return b, nil
-		case err == nil:
-			continue
-		case ctx.Err() != nil:
-			return nil, fmt.Errorf("receive packet: %w", context.Cause(ctx))
+func (p *Packets) addCarrier(conn *quic.Conn) error {
+	if err := takesDatagrams(conn); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	number, err := p.join(conn)
+	p.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	p.watch(conn, number)
+	p.serve(conn)
+	return nil
+}
+
+// serve moves packets from Send and to Receive, as fast as the carrier takes them
+// and until it ends.
+func (p *Packets) serve(conn *quic.Conn) {
+	p.run(func() {
+		for {
+			select {
+			case b := <-p.out:
+				// One that is too large by now, or that comes with the end, is lost.
+				_ = conn.SendDatagram(b)
+			case <-p.ctx.Done():
+				return
+			}
 		}
-		return nil, fmt.Errorf("receive packet: %w", p.explain(err))
+	})
+	p.run(func() {
+		for {
+			b, err := conn.ReceiveDatagram(p.ctx)
+			if err != nil {
+				return
+			}
+			if len(b) == 0 {
+				continue
+			}
+			select {
+			case p.in <- b:
+			case <-p.ctx.Done():
+				return
+			}
+		}
+	})
+}
+
+// quic-go looks for the path's MTU when it sends anyway, with a probe each five
+// round trips at most, each half as far from the goal as the one before.
+const (
+	probes        = 12
+	probeTrips    = 5
+	probeInterval = 20 * time.Millisecond // at least
+)
+
+// discover sends empty packets, which are not delivered, until the path's MTU is
+// known, since a tunnel needs it before its first packet; later growth comes with
+// its packets. It keeps MaxSize up to date.
+func (p *Packets) discover() {
+	for i := 0; ; i++ {
+		wait := KeepAlive
+		if i < probes {
+			wait = max(probeInterval, (probeTrips+1)*p.first.ConnectionStats().SmoothedRTT)
+		}
+		select {
+		case <-p.ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		if i < probes {
+			for _, conn := range p.all() {
+				_ = conn.SendDatagram(nil) // fails with the carrier only, which ends us
+			}
+		}
+		p.measure()
 	}
 }
 
 // beyond is larger than any packet.
 var beyond = make([]byte, 1<<16)
 
+// measure asks each carrier for the largest packet that it takes.
+func (p *Packets) measure() {
+	size := int64(len(beyond))
+	for _, conn := range p.all() {
+		var large *quic.DatagramTooLargeError
+		if errors.As(conn.SendDatagram(beyond), &large) {
+			size = min(size, large.MaxDatagramPayloadSize)
+		}
+	}
+	p.maxSize.Store(size)
+}
+
 // MaxSize returns how many bytes a packet may have now. It is 1163 at first,
-// and grows to 1400 or so within 30 round trips where the path lets it.
-func (p *Packets) MaxSize() int {
-	var large *quic.DatagramTooLargeError
-	if errors.As(p.conn.SendDatagram(beyond), &large) {
-		return int(large.MaxDatagramPayloadSize)
+// and grows to 1380 or more within 40 round trips where the path lets it.
+func (p *Packets) MaxSize() int { return int(p.maxSize.Load()) }
+
+// Tag returns what the dialer said that the packets are for.
+func (p *Packets) Tag() []byte { return p.tag }
+
+// Send sends one packet, and waits while congestion control holds all carriers
+// back: what comes meanwhile is best dropped where it comes from. The error is an
+// ErrTooLarge when b is larger than MaxSize.
+func (p *Packets) Send(b []byte) error {
+	if most := p.MaxSize(); len(b) > most {
+		return fmt.Errorf("%w: %d bytes, at most %d fit", ErrTooLarge, len(b), most)
 	}
-	return 0
+	if err := p.Err(); err != nil {
+		return fmt.Errorf("send packet: %w", err)
+	}
+	select {
+	case p.out <- slices.Clone(b):
+		return nil
+	case <-p.ctx.Done():
+		return fmt.Errorf("send packet: %w", p.Err())
+	}
 }
 
-// Close ends the connection and tells the peer the reason, of which it gets at
-// most 256 bytes.
-func (p *Packets) Close(reason string) {
-	reason = printable(reason)
-	p.cancel(fmt.Errorf("%w here: %s", ErrClosed, reason))
-	p.conn.CloseWithError(closeReason, reason)
-}
-
-// Done is closed when the connection has ended.
-func (p *Packets) Done() <-chan struct{} { return p.ctx.Done() }
-
-// Err returns nil while the connection lives, and then why it ended: ErrClosed,
-// ErrClosedByPeer or ErrLost, with the details.
-func (p *Packets) Err() error { return context.Cause(p.ctx) }
-
-func (p *Packets) explain(err error) error {
-	if cause := p.Err(); cause != nil {
-		return cause
+// Receive returns the next packet, which is not empty. Up to 1024 packets wait for
+// it; more are dropped.
+func (p *Packets) Receive(ctx context.Context) ([]byte, error) {
+	select {
+	case b := <-p.in:
+		return b, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("receive packet: %w", context.Cause(ctx))
+	case <-p.ctx.Done():
+		return nil, fmt.Errorf("receive packet: %w", p.Err())
 	}
-	return explainEnd(p.RemoteAddr(), err)
 }

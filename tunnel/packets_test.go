@@ -162,8 +162,39 @@ func TestPacketsClose(t *testing.T) {
 	if err := from.Send([]byte("late")); !errors.Is(err, ErrClosed) {
 		t.Errorf("Send here: %v", err)
 	}
-	if n := to.MaxSize(); n < 0 {
-		t.Errorf("after the end a packet has %d bytes", n)
+}
+
+func TestPacketsUseAllCarriers(t *testing.T) {
+	a, b := twoEndpoints(t)
+	from, to := packetsPair(t, a, b, nil)
+	for _, p := range []*Packets{from, to} {
+		carriers := awaitCarriers(t, p, packetCarriers)
+		before := make([]uint64, len(carriers))
+		for i, c := range carriers {
+			before[i] = c.ConnectionStats().BytesSent
+		}
+		for _, c := range carriers {
+			for sent := c.ConnectionStats().BytesSent; c.ConnectionStats().BytesSent < sent+100_000; {
+				if err := p.Send(make([]byte, 1000)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	if st := to.Stats(); st.BytesSent < packetCarriers*100_000 || st.BytesReceived < 100_000 || st.MinRTT == 0 {
+		t.Errorf("counted %+v", st)
+	}
+}
+
+func TestPacketsEndWithAnyCarrier(t *testing.T) {
+	a, b := twoEndpoints(t)
+	from, to := packetsPair(t, a, b, nil)
+	carriers := awaitCarriers(t, to, packetCarriers)
+	carriers[3].CloseWithError(closeLost, "gone")
+	<-to.Done()
+	<-from.Done()
+	if err := from.Err(); !errors.Is(err, ErrLost) {
+		t.Errorf("the peer's side ends with %v", err)
 	}
 }
 
@@ -278,6 +309,28 @@ func TestJunkRequestsForPackets(t *testing.T) {
 	}
 }
 
+func TestPeerWithoutDatagramsIsRefused(t *testing.T) {
+	id := testIdentity(t)
+	e, book := listen(t, "127.0.0.1:0", testIdentity(t), only(id.ID()))
+	deaf := quicConfig()
+	deaf.EnableDatagrams = false
+	conn, err := rawDialAs(t, e.Addr(), &tls.Config{NextProtos: []string{packetsProtocol}, Certificates: []tls.Certificate{id.certificate}}, deaf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	junkStream(t, conn, appendTag(nil, nil)).Close()
+	ctx, cancel := context.WithCancel(testContext(t))
+	defer cancel()
+	go func() {
+		<-conn.Context().Done()
+		cancel()
+	}()
+	if p, err := e.AcceptPackets(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("accepted %v, %v", p, err)
+	}
+	book.await(t, "before it was accepted", "takes no QUIC datagrams")
+}
+
 func TestPacketsOfLaterVersion(t *testing.T) {
 	conn, e, _ := packetsJunkPeer(t)
 	b := appendTag(nil, []byte("later"))
@@ -288,7 +341,7 @@ func TestPacketsOfLaterVersion(t *testing.T) {
 	if err != nil || string(p.Tag()) != "later" {
 		t.Fatalf("accepted %v, %v", p, err)
 	}
-	if err := readTaken(stream); err != nil {
+	if _, err := readGreeting(testContext(t), stream); err != nil {
 		t.Errorf("the answer: %v", err)
 	}
 	if err := conn.SendDatagram(nil); err != nil { // not delivered
@@ -336,6 +389,35 @@ func TestPacketsOutliveSilenceAndNotTheLink(t *testing.T) {
 				t.Errorf("the connection ends with %v", err)
 			}
 		}
+	})
+}
+
+// One connection would get a tenth of this link.
+func TestPacketsFillALinkThatLosesPackets(t *testing.T) {
+	w := slowWAN()
+	w.queue, w.loss = 250_000, 0.003
+	overWANPackets(t, w, func(t *testing.T, from, to *Packets) {
+		ctx, stop := context.WithTimeout(context.Background(), 20*time.Second)
+		defer stop()
+		var sending sync.WaitGroup
+		sending.Go(func() {
+			packet := make([]byte, 1100)
+			for ctx.Err() == nil && from.Send(packet) == nil {
+			}
+		})
+		got := 0
+		for {
+			b, err := to.Receive(ctx)
+			if err != nil {
+				break
+			}
+			got += len(b)
+		}
+		sending.Wait()
+		if got < 20*w.rate*6/10 {
+			t.Errorf("%d bytes in 20 s are below 60 %% of the link", got)
+		}
+		t.Logf("%d bytes, %d %% of the link", got, got*100/(20*w.rate))
 	})
 }
 

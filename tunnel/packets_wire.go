@@ -1,7 +1,6 @@
 package tunnel
 
 import (
-	"errors"
 	"fmt"
 	"io"
 )
@@ -9,10 +8,7 @@ import (
 // MaxTag is the largest tag of a connection for packets in bytes.
 const MaxTag = 64
 
-const (
-	tagVersion   = 1
-	takenVersion = 1
-)
+const tagVersion = 1
 
 // appendTag writes the request of a connection for packets.
 func appendTag(b, tag []byte) []byte {
@@ -36,18 +32,4 @@ func readTag(r io.Reader) ([]byte, error) {
 		return nil, cutShort(err)
 	}
 	return tag, nil
-}
-
-// readTaken reads the listener's answer, up to the end of the stream.
-func readTaken(r io.Reader) error {
-	var b [1]byte
-	if _, err := io.ReadFull(r, b[:]); errors.Is(err, io.EOF) {
-		return fmt.Errorf("%w: no answer to the request", ErrFormat)
-	} else if err != nil {
-		return err
-	}
-	if b[0] < takenVersion {
-		return fmt.Errorf("%w: answer of version %d", ErrFormat, b[0])
-	}
-	return skipLater(r)
 }

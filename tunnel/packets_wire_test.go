@@ -34,19 +34,6 @@ var junkTags = map[string][]byte{
 	"a channel header": channelHeader{"control", Control}.append(nil)[:3],
 }
 
-func TestTakenAnswer(t *testing.T) {
-	for _, good := range [][]byte{{1}, {7}, append([]byte{1}, make([]byte, maxGreeting-1)...)} {
-		if err := readTaken(bytes.NewReader(good)); err != nil {
-			t.Errorf("%d bytes: %v", len(good), err)
-		}
-	}
-	for _, bad := range [][]byte{{}, {0}, append([]byte{1}, make([]byte, maxGreeting)...)} {
-		if err := readTaken(bytes.NewReader(bad)); !errors.Is(err, ErrFormat) {
-			t.Errorf("%d bytes: %v", len(bad), err)
-		}
-	}
-}
-
 func FuzzReadTag(f *testing.F) {
 	f.Add(appendTag(nil, nil))
 	f.Add(appendTag(nil, bytes.Repeat([]byte{'t'}, MaxTag)))

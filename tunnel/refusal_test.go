@@ -57,6 +57,11 @@ func TestDialerRefusesWrongAgent(t *testing.T) {
 // rawDial is a peer that has a key but its own idea of the protocol.
 func rawDial(t *testing.T, addr net.Addr, config *tls.Config) (*quic.Conn, error) {
 	t.Helper()
+	return rawDialAs(t, addr, config, quicConfig())
+}
+
+func rawDialAs(t *testing.T, addr net.Addr, config *tls.Config, settings *quic.Config) (*quic.Conn, error) {
+	t.Helper()
 	socket, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		t.Fatal(err)
@@ -67,7 +72,7 @@ func rawDial(t *testing.T, addr net.Addr, config *tls.Config) (*quic.Conn, error
 		socket.Close()
 	})
 	config.InsecureSkipVerify = true
-	return transport.Dial(testContext(t), addr, config, quicConfig())
+	return transport.Dial(testContext(t), addr, config, settings)
 }
 
 func TestListenerRefusesStrangers(t *testing.T) {
@@ -210,7 +215,7 @@ func TestCrowdOfDialersIsBounded(t *testing.T) {
 		if _, err := a.Dial(testContext(t), b.Addr().String(), idB.ID()); !errors.Is(err, test.want) {
 			t.Errorf("beside %d handshakes: %v", test.handshakes, err)
 		} else if err == nil { // the other carriers are dialers too
-			dialled.awaitCount(t, "msg=\"session has", i+1)
+			dialled.awaitCount(t, "msg=\"carriers are", i+1)
 		}
 		b.handshakes.Add(-test.handshakes)
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"slices"
 	"sync"
 	"time"
@@ -58,21 +57,14 @@ func quicConfig() *quic.Config {
 	}
 }
 
-// Session is a set of connections to one agent whose identity was verified. Its
-// methods are safe for concurrent use.
+// Session carries channels to one agent whose identity was verified. Its methods
+// are safe for concurrent use.
 type Session struct {
-	peer    ID
-	first   *quic.Conn
-	running *sync.WaitGroup // the endpoint's, which waits for it
-
-	ctx    context.Context // ends with the session, and has the reason
-	cancel context.CancelCauseFunc
+	*bundle
 
 	accepting chan struct{} // holds a token while a channel is accepted
 
-	mu           sync.Mutex
-	ended        bool
-	carriers     []*quic.Conn
+	// bundle.mu guards these too.
 	stripes      map[quic.StreamID]*stripe
 	waiting      map[quic.StreamID][]lane // streams of channels that are not accepted yet
 	nextAccepted quic.StreamID            // of the next channel that the peer opens
@@ -80,39 +72,16 @@ type Session struct {
 
 func newSession(first *quic.Conn, peer ID, dialled bool, running *sync.WaitGroup) *Session {
 	s := &Session{
-		peer:      peer,
-		first:     first,
-		running:   running,
+		bundle:    newBundle(first, peer, Carriers, running),
 		accepting: make(chan struct{}, 1),
-		carriers:  []*quic.Conn{first},
 		stripes:   make(map[quic.StreamID]*stripe),
 		waiting:   make(map[quic.StreamID][]lane),
 	}
 	if dialled {
 		s.nextAccepted = 1 // RFC 9000, section 2.1: the listener's streams are 1, 5, 9
 	}
-	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	return s
 }
-
-// run runs f, for which the endpoint waits, unless the session has ended.
-func (s *Session) run(f func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.ended {
-		s.running.Go(f)
-	}
-}
-
-// Peer returns the peer's verified ID.
-func (s *Session) Peer() ID { return s.peer }
-
-// LocalAddr returns the address from which this host sends to the peer: of a
-// socket that is bound to all of them, the one that the kernel's routes choose.
-func (s *Session) LocalAddr() net.Addr { return localAddr(s.first) }
-
-// RemoteAddr returns the peer's address.
-func (s *Session) RemoteAddr() net.Addr { return s.first.RemoteAddr() }
 
 // Open makes a channel to the peer. The name has 1 to 64 of the characters a-z,
 // 0-9, '.', '_', '-' and '/'. Open waits while MaxChannels are open.
@@ -245,102 +214,6 @@ func (s *Session) readHeader(ctx context.Context, stream *quic.Stream, read func
 	err := interruptible(ctx, stream.SetReadDeadline, read)
 	if interrupted(err) {
 		err = fmt.Errorf("%w: incomplete after %v", ErrFormat, headerTimeout)
-	}
-	return err
-}
-
-// Stats counts what a session has carried. Bytes include QUIC's own and sent-again
-// data, but not the headers of UDP and IP.
-type Stats struct {
-	BytesSent     uint64
-	BytesReceived uint64
-	PacketsLost   uint64        // goes down again when one arrives after all
-	RTT           time.Duration // smoothed
-	MinRTT        time.Duration
-}
-
-// Stats returns the session's counters.
-func (s *Session) Stats() Stats {
-	s.mu.Lock()
-	carriers := slices.Clone(s.carriers)
-	s.mu.Unlock()
-	var sum Stats
-	for _, conn := range carriers {
-		st := conn.ConnectionStats()
-		sum.BytesSent += st.BytesSent
-		sum.BytesReceived += st.BytesReceived
-		sum.PacketsLost += st.PacketsLost
-		if conn == s.first {
-			sum.RTT, sum.MinRTT = st.SmoothedRTT, st.MinRTT
-		}
-	}
-	return sum
-}
-
-// Close ends the session and all its channels, and tells the peer the reason, of
-// which it gets at most 256 bytes. Frames that the peer has not received yet are
-// lost: a protocol that needs to know ends with an acknowledgement.
-func (s *Session) Close(reason string) {
-	reason = printable(reason)
-	s.end(fmt.Errorf("%w here: %s", ErrClosed, reason), closeReason, reason)
-}
-
-// breach ends the session because the peer broke the format.
-func (s *Session) breach(err error) {
-	reason := printable(err.Error())
-	s.end(fmt.Errorf("%w here: %s", ErrClosed, reason), closeFormat, reason)
-}
-
-// end closes every connection of the session, the first time that it is called.
-func (s *Session) end(cause error, code quic.ApplicationErrorCode, reason string) {
-	s.mu.Lock()
-	if s.ended {
-		s.mu.Unlock()
-		return
-	}
-	s.ended = true
-	s.cancel(cause)
-	s.mu.Unlock()
-	for _, conn := range s.carriers { // none is added any more
-		conn.CloseWithError(code, reason)
-	}
-}
-
-// Done is closed when the session has ended.
-func (s *Session) Done() <-chan struct{} { return s.ctx.Done() }
-
-// Err returns nil while the session lives, and then why it ended: ErrClosed,
-// ErrClosedByPeer or ErrLost, with the details.
-func (s *Session) Err() error { return context.Cause(s.ctx) }
-
-// explain turns what a connection returns into this package's errors.
-func (s *Session) explain(err error) error {
-	if cause := s.Err(); cause != nil {
-		return cause
-	}
-	return explainEnd(s.RemoteAddr(), err)
-}
-
-// explainEnd says why the connection to an agent ended.
-func explainEnd(addr net.Addr, err error) error {
-	var closed *quic.ApplicationError
-	var idle *quic.IdleTimeoutError
-	var restarted *quic.StatelessResetError
-	switch {
-	case errors.As(err, &closed) && closed.Remote && closed.ErrorCode == closeLost:
-		return fmt.Errorf("%w: the agent at %s reports: %s", ErrLost, addr, printable(closed.ErrorMessage))
-	case errors.As(err, &closed) && closed.Remote:
-		return fmt.Errorf("%w: %s", ErrClosedByPeer, printable(closed.ErrorMessage))
-	case errors.As(err, &closed):
-		return fmt.Errorf("%w here: %s", ErrClosed, closed.ErrorMessage)
-	case errors.As(err, &idle):
-		return fmt.Errorf("%w: no answer from %s for %v: link down or agent gone", ErrLost, addr, IdleTimeout)
-	case errors.As(err, &restarted):
-		return fmt.Errorf("%w: the agent at %s was restarted", ErrLost, addr)
-	case errors.Is(err, quic.ErrTransportClosed):
-		return fmt.Errorf("%w here with its endpoint", ErrClosed)
-	case errors.Is(err, net.ErrClosed): // every other end of a QUIC connection
-		return fmt.Errorf("%w: connection to %s failed: %w", ErrLost, addr, err)
 	}
 	return err
 }
