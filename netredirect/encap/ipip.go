@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync"
 	"time"
 
 	"golang.org/x/net/bpf"
@@ -27,10 +28,33 @@ const (
 type ipip struct {
 	t       *Tunnel
 	family  family
-	remote  netip.Addr
+	ends    ends
 	out     [2]*sender // for IPv4 and IPv6 inside
 	in      [2]*net.IPConn
 	closing chan struct{}
+}
+
+// ends are the outer addresses of a tunnel.
+type ends struct{ local, remote netip.Addr }
+
+// opened counts the tunnels of this process. Each of them gets what comes for all that have its local address.
+var opened = struct {
+	sync.Mutex
+	tunnels map[ends]int
+}{tunnels: map[ends]int{}}
+
+func (e ends) open(change int) {
+	opened.Lock()
+	defer opened.Unlock()
+	if opened.tunnels[e] += change; opened.tunnels[e] == 0 {
+		delete(opened.tunnels, e)
+	}
+}
+
+func (e ends) isOpen() bool {
+	opened.Lock()
+	defer opened.Unlock()
+	return opened.tunnels[e] > 0
 }
 
 // family is what differs between the families of outer addresses.
@@ -54,11 +78,12 @@ func OpenIPIP(c Config) (*Tunnel, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
-	o := &ipip{family: family6, remote: c.Remote, closing: make(chan struct{})}
+	o := &ipip{family: family6, ends: ends{c.Local, c.Remote}, closing: make(chan struct{})}
 	if c.Local.Is4() {
 		o.family = family4
 	}
-	if err := o.connect(c.Local); err != nil {
+	o.ends.open(1)
+	if err := o.connect(); err != nil {
 		return nil, errors.Join(fmt.Errorf("tunnel %s: %w", c.Name, err), o.close())
 	}
 	var err error
@@ -76,10 +101,10 @@ func OpenIPIP(c Config) (*Tunnel, error) {
 var protocols = [2]byte{protocolIPv4, protocolIPv6}
 
 // connect opens the sockets.
-func (o *ipip) connect(local netip.Addr) error {
+func (o *ipip) connect() error {
 	for i, protocol := range protocols {
 		network := fmt.Sprintf("%s:%d", o.family.network, protocol)
-		from, to := &net.IPAddr{IP: local.AsSlice()}, &net.IPAddr{IP: o.remote.AsSlice()}
+		from, to := &net.IPAddr{IP: o.ends.local.AsSlice()}, &net.IPAddr{IP: o.ends.remote.AsSlice()}
 		// What comes from elsewhere is to be counted, so that the receiving socket is not connected.
 		in, err := net.ListenIP(network, from)
 		if err != nil {
@@ -150,6 +175,7 @@ func (o *ipip) sendOptions(fd int) error {
 
 func (o *ipip) close() error {
 	close(o.closing)
+	o.ends.open(-1)
 	var errs []error
 	for i := range protocols {
 		if o.in[i] != nil {
@@ -258,9 +284,9 @@ func (o *ipip) shrink(c *net.IPConn) {
 	var path int
 	err := control(c, func(fd int) error {
 		// Connecting again looks the route up again.
-		var to unix.Sockaddr = &unix.SockaddrInet6{Addr: o.remote.As16()}
-		if o.remote.Is4() {
-			to = &unix.SockaddrInet4{Addr: o.remote.As4()}
+		var to unix.Sockaddr = &unix.SockaddrInet6{Addr: o.ends.remote.As16()}
+		if o.ends.remote.Is4() {
+			to = &unix.SockaddrInet4{Addr: o.ends.remote.As4()}
 		}
 		if err := unix.Connect(fd, to); err != nil {
 			return err
@@ -334,8 +360,10 @@ func (o *ipip) decapsulate(w *writer, buf []byte, m *ipv4.Message, protocol byte
 	switch {
 	case !ok:
 		o.t.counters.drop(malformed)
-	case src != o.remote:
-		o.t.counters.drop(spoofed)
+	case src != o.ends.remote:
+		if other := (ends{o.ends.local, src}); !other.isOpen() {
+			o.t.counters.drop(spoofed)
+		}
 	case at == end, buf[at]>>4 != version:
 		o.t.counters.drop(malformed)
 	default:

@@ -5,6 +5,7 @@ package encap
 import (
 	"fmt"
 	"net"
+	"net/netip"
 	"strings"
 	"testing"
 )
@@ -147,4 +148,47 @@ func TestDeviceRemovedByOthers(t *testing.T) {
 		t.Error(err)
 	}
 	p.source.open(p.near(outer4Ends))
+}
+
+// TestTwoTunnelsOfAHost has two peers behind one local address, each with a VM.
+func TestTwoTunnelsOfAHost(t *testing.T) {
+	for _, o := range outers {
+		t.Run(o.name, func(t *testing.T) {
+			p := newPair(t)
+			first, _ := p.connect(o)
+			c, other, vm := p.near(o), addr("10.9.0.3"), addr("10.2.0.3")
+			if o.peer.Is6() {
+				other, vm = addr("fd09::3"), addr("fd02::3")
+			}
+			bits := other.BitLen()
+			p.peer.ip(fmt.Sprintf(`addr add %v/%d dev wan
+				addr add %v/%d dev lo`, other, bits, vm, bits))
+			c.Name, c.Remote, c.Gate = "wm1", other, NewGate()
+			c.Gate.Set(nil, []netip.Addr{vm})
+			second := p.source.open(c)
+			p.source.ip(fmt.Sprintf("route add %v dev wm1", vm))
+
+			far := p.far(o)
+			far.Name, far.Local, far.Gate = "wm1", other, NewGate()
+			far.Gate.Set([]netip.Addr{vm}, nil)
+			p.peer.open(far)
+			p.peer.ip(fmt.Sprintf(`%[2]s rule add from %[1]v lookup 77
+				%[2]s route add default dev wm1 table 77`, vm, map[int]string{32: "-4", 128: "-6"}[bits]))
+			p.client.command("ping", "-c", "3", "-i", "0.05", "-W", "5", vm4.String())
+			p.client.command("ping", "-c", "2", "-i", "0.05", "-W", "5", vm.String())
+			for tunnel, want := range map[*Tunnel]uint64{first: 3, second: 2} {
+				s := tunnel.Stats()
+				if s.Received.Packets != want || s.Sent.Packets != want || s.Drops != (Drops{}) {
+					t.Errorf("%s: %+v", tunnel.Name(), s)
+				}
+			}
+			if err := second.Close(); err != nil {
+				t.Fatal(err)
+			}
+			// Now nobody's.
+			p.peer.try("ping", "-c", "1", "-W", "0.1", "-I", vm.String(), client4.String())
+			p.peer.try("ping", "-c", "1", "-W", "0.1", "-I", vm.String(), client6.String())
+			await(t, first, "one spoofed packet", func(s Stats) bool { return s.Drops.Spoofed == 1 })
+		})
+	}
 }

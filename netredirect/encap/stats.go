@@ -21,7 +21,7 @@ type Traffic struct {
 
 // Drops counts packets dropped, by reason.
 type Drops struct {
-	Spoofed   uint64 // the outer source is not the peer; packets of this host's other tunnels with the same Local count too
+	Spoofed   uint64 // the outer source is the peer of no tunnel of this process
 	Malformed uint64 // lengths, versions or checksums of headers are wrong
 	Nested    uint64 // the inner packet is a tunnel itself
 	Foreign   uint64 // the gate knows neither address
