@@ -47,6 +47,15 @@ type tunnelFacts struct {
 	mtu           int
 }
 
+// address is that of the tunnel's device, which no packet ever has: one of
+// RFC 7335.
+func (t tunnelFacts) address() netip.Addr {
+	if t.local.Less(t.remote) {
+		return probeDestination[0]
+	}
+	return probeSource[0]
+}
+
 // planTunnel makes the tunnel's device and keeps everything out of it that no
 // redirect has let in: no nested tunnels, nothing for this host itself.
 func planTunnel(t tunnelFacts) []hostnet.Step {
@@ -64,8 +73,10 @@ func planTunnel(t tunnelFacts) []hostnet.Step {
 	return []hostnet.Step{
 		{Device: device},
 		{Sysctl: &hostnet.Sysctl{Key: "net/ipv4/conf/" + t.device + "/forwarding", Value: "1", Was: "0"}},
-		// Loose: clients' addresses have their routes elsewhere.
+		// Loose, as clients' addresses have their routes elsewhere; a device without
+		// an address would fail that, too (net/ipv4/fib_frontend.c).
 		{Sysctl: &hostnet.Sysctl{Key: "net/ipv4/conf/" + t.device + "/rp_filter", Value: "2", Was: "0"}},
+		{Address: &hostnet.Address{Dev: t.device, Prefix: host(t.address())}},
 		{Table: tunnelTable(t.device)},
 	}
 }

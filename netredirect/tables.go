@@ -86,7 +86,7 @@ func turnTable(slot int, nics []hostNIC) *hostnet.Table {
 	var b body
 	b.chain("turn", "filter hook prerouting priority -300")
 	for _, n := range nics {
-		b.rule(`meta ibrname "%s" ether daddr %s ether daddr set %s meta pkttype set host`, n.Bridge, n.MAC, n.bridgeMAC)
+		b.rule(`ether daddr %s ether daddr set %s meta pkttype set host`, n.MAC, n.bridgeMAC)
 	}
 	b.end()
 	return b.table("bridge", fmt.Sprintf("wanmig_r%d", slot))
