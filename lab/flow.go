@@ -41,7 +41,7 @@ const (
 	// dialTimeout bounds the start of a flow.
 	dialTimeout = 10 * time.Second
 	// drainTime is how long a flow that was stopped waits for what it has not been answered yet.
-	drainTime = 5 * time.Second
+	drainTime = 10 * time.Second
 )
 
 // silenceMeter finds the longest time between two moments at which something was heard.
@@ -59,12 +59,14 @@ func (m *silenceMeter) heard(at time.Time) {
 }
 
 // lost tells that nothing was heard until now and nothing is waited for any more.
-func (m *silenceMeter) lost(at time.Time) {
+func (m *silenceMeter) lost(at time.Time) { m.silent(m.lastHeard(), at) }
+
+// lastHeard is when something was heard last, or the beginning.
+func (m *silenceMeter) lastHeard() time.Time {
 	if m.last.IsZero() {
-		m.silent(m.began, at)
-		return
+		return m.began
 	}
-	m.silent(m.last, at)
+	return m.last
 }
 
 func (m *silenceMeter) silent(from, to time.Time) {

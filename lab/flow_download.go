@@ -39,7 +39,7 @@ type DownloadResult struct {
 	Bytes      int64         `json:"bytes"`
 	Wrong      int64         `json:"wrong_bytes"`
 	FirstWrong int64         `json:"first_wrong"` // offset, if any is wrong
-	Elapsed    time.Duration `json:"elapsed_ns"`  // from the first byte of the answer
+	Elapsed    time.Duration `json:"elapsed_ns"`
 	LongestGap Silence       `json:"longest_gap"` // without a byte
 	Broken     string        `json:"broken,omitempty"`
 	Resets     int           `json:"resets"` // of the connection: 0 or 1
@@ -123,21 +123,23 @@ const (
 	maxBuffer = 4 << 20
 )
 
-// download reads the file until its end, an error, or the end of ctx, which is none.
+// download reads the file until its end, an error, or the end of ctx, which is none unless nothing came any more.
 func download(ctx context.Context, conn net.Conn, file *fileChecker, limit int64) (result DownloadResult) {
-	gaps := silenceMeter{began: time.Now()}
-	var began time.Time
+	began := time.Now()
+	gaps := silenceMeter{began: began}
 	defer func() {
 		result.Size, result.Bytes, result.Wrong, result.FirstWrong = file.size, file.at, file.wrong, file.firstWrong
-		if !began.IsZero() {
-			result.Elapsed = time.Since(began)
-		}
+		result.Elapsed = time.Since(began)
 		result.LongestGap = gaps.longest
 	}()
 	broke := func(err error) DownloadResult {
-		gaps.lost(time.Now())
-		if ctx.Err() == nil {
+		now := time.Now()
+		gaps.lost(now)
+		switch silent := now.Sub(gaps.lastHeard()); {
+		case ctx.Err() == nil:
 			result.Broken, result.Resets = err.Error(), countReset(err)
+		case silent > maxUnanswered:
+			result.Broken = fmt.Sprintf("nothing came in the last %v", silent.Round(time.Millisecond))
 		}
 		return result
 	}
@@ -155,8 +157,7 @@ func download(ctx context.Context, conn net.Conn, file *fileChecker, limit int64
 		return broke(err)
 	}
 	defer response.Body.Close()
-	began = time.Now()
-	gaps.heard(began)
+	gaps.heard(time.Now())
 	if response.StatusCode != http.StatusOK {
 		return broke(fmt.Errorf("the guest answers %s", response.Status))
 	}
@@ -169,15 +170,13 @@ func download(ctx context.Context, conn net.Conn, file *fileChecker, limit int64
 	buffer := make([]byte, chunk)
 	for {
 		n, err := response.Body.Read(buffer)
-		if n > 0 {
-			gaps.heard(time.Now())
-			file.check(buffer[:n])
+		file.check(buffer[:n])
+		if err != nil && !errors.Is(err, io.EOF) {
+			return broke(err) // bytes beside the error came before it
 		}
-		if errors.Is(err, io.EOF) || file.at > file.size {
+		gaps.heard(time.Now())
+		if err != nil || file.at > file.size {
 			break
-		}
-		if err != nil {
-			return broke(err)
 		}
 		if err := limiter.WaitN(ctx, n); err != nil {
 			return broke(err)

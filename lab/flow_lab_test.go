@@ -30,6 +30,10 @@ func startFlows(t *testing.T, v *VM, to netip.Addr, o DownloadOptions) (f flows)
 	t.Helper()
 	const interval = 10 * time.Millisecond
 	var err error
+	// Before the guest is busy with the others: this takes it long.
+	if f.ssh, err = v.StartSSH(t.Context(), Users, to); err != nil {
+		t.Fatal(err)
+	}
 	if f.stream, err = v.StartStream(t.Context(), Users, to, interval); err != nil {
 		t.Fatal(err)
 	}
@@ -37,9 +41,6 @@ func startFlows(t *testing.T, v *VM, to netip.Addr, o DownloadOptions) (f flows)
 		t.Fatal(err)
 	}
 	if f.download, err = v.StartDownload(t.Context(), Users, to, o); err != nil {
-		t.Fatal(err)
-	}
-	if f.ssh, err = v.StartSSH(t.Context(), Users, to); err != nil {
 		t.Fatal(err)
 	}
 	return f
@@ -68,7 +69,7 @@ func (r flowResults) wantWell(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if r.stream.Sent < 50 || r.stream.Answered != r.stream.Sent || r.udp.Answered < 50 || r.ssh.Lines < 5 || r.ssh.Echoed < 5 || r.ssh.Echoed != r.ssh.Sent {
+	if r.stream.Sent < 50 || r.stream.Answered != r.stream.Sent || r.udp.Answered < 50 || r.ssh.Lines < 2 || r.ssh.Echoed < 5 || r.ssh.Echoed != r.ssh.Sent {
 		t.Error("too little came back")
 	}
 }
@@ -109,7 +110,7 @@ func TestFlows(t *testing.T) {
 
 	// Most of this time passes in the guest's absence; a busy machine only adds to it.
 	t.Run("a stop of the guest", func(t *testing.T) {
-		const stop, loosely = 500 * time.Millisecond, 5 * time.Second
+		const stop, loosely = 500 * time.Millisecond, 10 * time.Second
 		f := startFlows(t, v, v.Address, DownloadOptions{MiB: 64, Limit: 2 << 20})
 		time.Sleep(time.Second)
 		before := time.Now()
@@ -138,7 +139,7 @@ func TestFlows(t *testing.T) {
 		f := startFlows(t, v, v.Address, DownloadOptions{MiB: 64, Limit: 1 << 20})
 		time.Sleep(500 * time.Millisecond)
 		filter(t, l, "tcp dport { 7, 22, 80 } drop; tcp sport { 7, 22, 80 } drop; udp sport 7 drop")
-		time.Sleep(1500 * time.Millisecond)
+		time.Sleep(2500 * time.Millisecond)
 		r := f.stop(t)
 		if r.stream.Err() == nil || r.stream.Broken == "" || r.stream.Resets != 0 || r.stream.Answered >= r.stream.Sent || r.stream.LongestGap.Length < time.Second {
 			t.Errorf("stream %+v", r.stream)
@@ -149,7 +150,7 @@ func TestFlows(t *testing.T) {
 		if r.ssh.Err() == nil || r.ssh.Broken == "" || r.ssh.LongestGap.Length < time.Second {
 			t.Errorf("ssh %+v", r.ssh)
 		}
-		if r.download.Complete() || r.download.LongestGap.Length < 500*time.Millisecond {
+		if r.download.Complete() || r.download.LongestGap.Length < time.Second || !strings.Contains(r.download.Broken, "nothing came in the last ") {
 			t.Errorf("download %+v", r.download)
 		}
 	})
@@ -183,9 +184,9 @@ func TestFlows(t *testing.T) {
 		if _, err := l.Sites[LocalDC].virsh(t.Context(), nil, "destroy", v.UUID); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(1500 * time.Millisecond)
+		time.Sleep(2500 * time.Millisecond)
 		r := f.stop(t)
-		if r.stream.Err() == nil || r.udp.Err() == nil || r.ssh.Err() == nil || r.download.Complete() {
+		if r.stream.Err() == nil || r.udp.Err() == nil || r.ssh.Err() == nil || r.download.Err() == nil {
 			t.Errorf("%+v", r)
 		}
 		if _, err := v.StartStream(t.Context(), Users, v.Address, time.Second); err == nil {

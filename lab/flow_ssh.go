@@ -25,8 +25,10 @@ kill $!`
 
 const (
 	sshInterval = 100 * time.Millisecond
-	// sshTimeout bounds the start: a guest under TCG takes a second or two for the key exchange.
-	sshTimeout = 30 * time.Second
+	// sshTimeout bounds the start: under TCG, the key exchange takes a busy guest many seconds.
+	sshTimeout = time.Minute
+	// sshConnectTimeout is how long the client waits for the server's first words.
+	sshConnectTimeout = 30 * time.Second
 )
 
 // SSHSession is OpenSSH's client in a site with a session on the guest, in which numbered lines go both ways.
@@ -95,7 +97,7 @@ func (v *VM) startSSH(ctx context.Context, site string, to netip.Addr) (*SSHSess
 		return nil, err
 	}
 	alive, kill := context.WithCancel(context.WithoutCancel(ctx))
-	client, err := v.lab.Command(alive, site, "ssh", "-F", "none", "-T", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", fmt.Sprintf("ConnectTimeout=%.0f", dialTimeout.Seconds()),
+	client, err := v.lab.Command(alive, site, "ssh", "-F", "none", "-T", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", fmt.Sprintf("ConnectTimeout=%.0f", sshConnectTimeout.Seconds()),
 		"-o", "IdentitiesOnly=yes", "-o", "IdentityFile="+sshPath(key), "-o", "StrictHostKeyChecking=yes", "-o", "HostKeyAlias="+sshHost,
 		"-o", "UserKnownHostsFile="+sshPath(filepath.Join(v.sshDir(), "known_hosts")), "-o", "GlobalKnownHostsFile=none",
 		"-l", "root", to.String(), sshCommand)

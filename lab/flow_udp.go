@@ -208,11 +208,7 @@ func (m *udpMeter) answer(r api.EchoRecord, at time.Time) {
 
 // total closes the account of a flow whose last echo was sent before end.
 func (m *udpMeter) total(end time.Time) UDPResult {
-	heard := m.gaps.last
-	if heard.IsZero() {
-		heard = m.began
-	}
-	if silent := end.Sub(heard); m.result.Answered == 0 || silent > maxUnanswered {
+	if silent := end.Sub(m.gaps.lastHeard()); m.result.Answered == 0 || silent > maxUnanswered {
 		m.result.Unanswered = silent
 		m.gaps.lost(end)
 	}
