@@ -43,7 +43,7 @@ const birdTimers = `template bgp session {
 // routes of guests.
 func (l *Lab) birdHead(id netip.Addr) string {
 	var nets4, nets6 []string
-	for _, name := range DataCentres {
+	for _, name := range l.DataCentres() {
 		dc := l.Sites[name]
 		nets4 = append(nets4, dc.BridgeAddr.Masked().String()+"{32,32}")
 		nets6 = append(nets6, dc.BridgeAddr6.Masked().String()+"{128,128}")
@@ -116,7 +116,7 @@ protocol kernel kernelVERSION {
 }
 `)
 	}
-	for _, name := range DataCentres {
+	for _, name := range l.DataCentres() {
 		dc := l.Sites[name]
 		u := l.uplink(dc)
 		replace := strings.NewReplacer("NAME", strings.ReplaceAll(name, "-", "_"), "DCASN", fmt.Sprint(u.ASN), "AGENTASN", fmt.Sprint(u.AgentASN),
@@ -209,7 +209,7 @@ func (s *Site) birdc(ctx context.Context, args ...string) (string, error) {
 func (l *Lab) awaitRoutes(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	for _, name := range DataCentres {
+	for _, name := range l.DataCentres() {
 		dc := l.Sites[name]
 		for _, family := range []struct{ bridge, users netip.Addr }{
 			{dc.BridgeAddr.Addr(), usersLoopback.Addr()},

@@ -24,6 +24,7 @@ func Down(ctx context.Context, dir string) error {
 		return errors.New("wanlab needs root to remove a lab: use sudo")
 	}
 	l := newLab(dir)
+	l.addThird() // should there have been one
 	lock, err := os.OpenFile(filepath.Join(dir, markerName), os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		entries, err := os.ReadDir(dir)

@@ -1,7 +1,9 @@
 // Package lab builds two data centres and their users on one machine: network
 // namespaces with a libvirtd and a wanmig agent each, and a WAN between them
 // whose rate, delay and loss can be chosen. It serves cmd/wanlab, tests and
-// benchmarks. It needs root, and leaves the host's own network alone.
+// benchmarks. It needs root, and leaves the host's own network alone; only
+// /run/netns, where it names its network namespaces, it mounts onto itself for
+// good, as ip netns does.
 //
 //	  users                   local-dc                              remote-dc
 //	+-------------+   +---------------------------+       +---------------------------+
@@ -12,6 +14,10 @@
 //	|             |   | guests   libvirtd, agent  | emul. | libvirtd, agent    guests |
 //	+-------------+   +---------------------------+       +---------------------------+
 //
+// A third data centre, third-dc, comes if asked for, with 10.40.0.1, fd00:40::1,
+// 10.255.4.1 and fd00:255:4::1, and a link of the same kind to each of the
+// others; the devices of the WAN are wan0 and wan1 then.
+//
 // Guest networks are /24 and /64; each data centre routes to the other's over
 // wan0, and the users' default route is local-dc. Guests attach to br0.
 //
@@ -20,12 +26,12 @@
 // users then have a second way out, and an address of their own, from which
 // they send to either data centre and which all routers know:
 //
-//	  local-dc                     users                     remote-dc
-//	+--------------+   +-------------------------+   +-------------------+
-//	| br0          |   | eth0        lo     eth1 |   | users             |
-//	| 10.10.0.1 .2 +---+ .100   10.30.0.1     .2 +---+ 10.254.2.1 .3     |
-//	| fd00:10::1 ::2   | ::100  fd00:30::1   ::2 |   | fd00:254:2::1 ::3 |
-//	+--------------+   +-------------------------+   +-------------------+
+//	  local-dc                         users                       remote-dc
+//	+----------------+   +---------------------------+   +-----------------------+
+//	| br0            |   | eth0         lo      eth1 |   | users                 |
+//	| 10.10.0.1   .2 +---+ .100    10.30.0.1      .2 +---+ 10.254.2.1         .3 |
+//	| fd00:10::1 ::2 |   | ::100   fd00:30::1    ::2 |   | fd00:254:2::1     ::3 |
+//	+----------------+   +---------------------------+   +-----------------------+
 //
 // The routers have the first address of a data centre, its agent the other.
 //
@@ -103,6 +109,17 @@ func newLab(dir string) *Lab {
 	}
 	l.Sites[Users] = newUsers(l)
 	return l
+}
+
+// addThird puts a third data centre into a new lab.
+func (l *Lab) addThird() { l.Sites[ThirdDC] = newDataCentre(l, ThirdDC) }
+
+// DataCentres are the sites of this lab that run guests.
+func (l *Lab) DataCentres() []string {
+	if l.Sites[ThirdDC] == nil {
+		return DataCentres
+	}
+	return append(slices.Clone(DataCentres), ThirdDC)
 }
 
 // Open reads the description of the lab in dir. The lab need not run.

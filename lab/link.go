@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// LinkSettings describe the WAN between the data centres. Both directions are
-// alike. The zero value is a link without limit, delay or loss.
+// LinkSettings describe the WAN between the data centres. Both directions of a
+// link are alike, and so are all links. The zero value is a link without limit, delay or loss.
 type LinkSettings struct {
 	Rate  int64         `json:"rate_bits_per_s"`    // of each direction, in bits of IP packets per second; 0 is unlimited
 	RTT   time.Duration `json:"rtt_ns"`             // half of it delays each direction
@@ -45,7 +45,8 @@ const (
 	maxLinkBytes = 1 << 30 // what a direction may hold in its queue, and again under way
 )
 
-func (s LinkSettings) validate() error {
+// validate checks settings for links between these sites.
+func (s LinkSettings) validate(sites []string) error {
 	switch {
 	case s.Rate < 0:
 		return fmt.Errorf("bad rate %d: want bits per second", s.Rate)
@@ -63,8 +64,8 @@ func (s LinkSettings) validate() error {
 		return fmt.Errorf("bad queue %d: want %d bytes to 1 GiB", s.Queue, linkMTU)
 	}
 	for _, site := range s.Cut {
-		if !slices.Contains(DataCentres, site) {
-			return unknownSite(site, DataCentres)
+		if !slices.Contains(sites, site) {
+			return unknownSite(site, sites)
 		}
 	}
 	return nil
@@ -112,7 +113,8 @@ type LinkCounters struct {
 	Dropped uint64 `json:"dropped"` // packets refused before the wire, because the queue was full
 }
 
-// LinkState is the link as it runs. Counters are keyed by the sending site.
+// LinkState is the WAN as it runs. Counters are keyed by the sending site, those
+// of a third data centre's links by both ends: "third-dc>local-dc".
 type LinkState struct {
 	Settings LinkSettings            `json:"settings"`
 	Counters map[string]LinkCounters `json:"counters"`

@@ -226,10 +226,10 @@ func TestLossFollowsItsSeed(t *testing.T) {
 
 func TestLinkSettingsAreChecked(t *testing.T) {
 	good := DefaultLink()
-	if err := good.validate(); err != nil {
+	if err := good.validate(DataCentres); err != nil {
 		t.Errorf("default link: %v", err)
 	}
-	if err := (LinkSettings{}).validate(); err != nil {
+	if err := (LinkSettings{}).validate(DataCentres); err != nil {
 		t.Errorf("link without limits: %v", err)
 	}
 	for name, spoil := range map[string]func(*LinkSettings){
@@ -249,7 +249,7 @@ func TestLinkSettingsAreChecked(t *testing.T) {
 	} {
 		s := DefaultLink()
 		spoil(&s)
-		if s.validate() == nil {
+		if s.validate(DataCentres) == nil {
 			t.Errorf("%s: no error for %+v", name, s)
 		}
 	}

@@ -41,9 +41,10 @@ func openTUN(name string) (tun, error) {
 	return tun{name, fd}, nil
 }
 
-// emulator carries packets between two TUN devices as LinkSettings say.
+// emulator carries packets between pairs of TUN devices as LinkSettings say.
 type emulator struct {
-	directions [2]*direction
+	sites      []string
+	directions []*direction
 
 	mu       sync.Mutex
 	settings LinkSettings
@@ -54,6 +55,7 @@ type emulator struct {
 // decide and writes them to the other site. A single thread cannot reorder.
 type direction struct {
 	from    string
+	name    string // of its counters
 	in, out tun
 	wake    int // eventfd: settings changed
 	epoch   time.Time
@@ -62,18 +64,33 @@ type direction struct {
 	path *path
 }
 
-// newEmulator makes a link between tuns[0] of the site sites[0] and tuns[1].
-func newEmulator(settings LinkSettings, sites [2]string, tuns [2]tun) (*emulator, error) {
+// wire is a link to be: tuns[0] is a device of sites[0].
+type wire struct {
+	sites [2]string
+	tuns  [2]tun
+}
+
+// newEmulator makes links, of which the first is between the pair.
+func newEmulator(settings LinkSettings, wires ...wire) (*emulator, error) {
 	e := &emulator{settings: settings}
 	epoch := time.Now()
-	for i, from := range sites {
-		wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-		if err != nil {
-			return nil, fmt.Errorf("make eventfd: %w", err)
-		}
-		e.directions[i] = &direction{
-			from: from, in: tuns[i], out: tuns[1-i], wake: wake, epoch: epoch,
-			path: newPath(settings, slices.Contains(settings.Cut, from), uint64(i)),
+	for n, w := range wires {
+		for i, from := range w.sites {
+			wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+			if err != nil {
+				return nil, fmt.Errorf("make eventfd: %w", err)
+			}
+			name := from
+			if n > 0 {
+				name += ">" + w.sites[1-i]
+			}
+			if !slices.Contains(e.sites, from) {
+				e.sites = append(e.sites, from)
+			}
+			e.directions = append(e.directions, &direction{
+				from: from, name: name, in: w.tuns[i], out: w.tuns[1-i], wake: wake, epoch: epoch,
+				path: newPath(settings, slices.Contains(settings.Cut, from), uint64(2*n+i)),
+			})
 		}
 	}
 	return e, nil
@@ -87,7 +104,7 @@ func (e *emulator) run() error {
 			err := d.run()
 			e.mu.Lock()
 			defer e.mu.Unlock()
-			e.err = errors.Join(e.err, fmt.Errorf("link from %s: %w", d.from, err))
+			e.err = errors.Join(e.err, fmt.Errorf("link %s: %w", d.name, err))
 		})
 	}
 	running.Wait()
@@ -98,7 +115,7 @@ func (e *emulator) change(c LinkChange) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	settings := c.ApplyTo(e.settings)
-	if err := settings.validate(); err != nil {
+	if err := settings.validate(e.sites); err != nil {
 		return err
 	}
 	e.settings = settings
@@ -121,7 +138,7 @@ func (e *emulator) state() (LinkState, error) {
 	for _, d := range e.directions {
 		d.update(func(now time.Duration) {
 			d.path.advance(now)
-			state.Counters[d.from] = d.path.counters
+			state.Counters[d.name] = d.path.counters
 		})
 	}
 	return state, nil
@@ -154,7 +171,7 @@ func (d *direction) run() error {
 	// Guests that use every core would delay packets by tens of milliseconds.
 	err := unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Priority: 1}, 0)
 	if err != nil {
-		slog.Warn("no real-time priority: the link's delay suffers when the machine is busy", "from", d.from, "err", err)
+		slog.Warn("no real-time priority: the link's delay suffers when the machine is busy", "from", d.name, "err", err)
 	}
 	buf := make([]byte, 1<<16)
 	for {

@@ -21,11 +21,11 @@ func newWire(t *testing.T, settings LinkSettings) (*emulator, [2]int) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		inside[i] = tun{wanName, pair[0]}
+		inside[i] = tun{"wan0", pair[0]}
 		outside[i] = pair[1]
 		t.Cleanup(func() { unix.Close(pair[0]); unix.Close(pair[1]) })
 	}
-	e, err := newEmulator(settings, [2]string{LocalDC, RemoteDC}, inside)
+	e, err := newEmulator(settings, wire{[2]string{LocalDC, RemoteDC}, inside})
 	if err != nil {
 		t.Fatal(err)
 	}

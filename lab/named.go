@@ -37,7 +37,7 @@ func (l *Lab) writeNamed() error {
 	var secret [32]byte
 	_, _ = rand.Read(secret[:]) // never fails
 	key := fmt.Sprintf("key \"wanlab\" {\n\talgorithm hmac-sha256;\n\tsecret \"%s\";\n};\n", base64.StdEncoding.EncodeToString(secret[:]))
-	for _, name := range DataCentres {
+	for _, name := range l.DataCentres() {
 		if err := os.WriteFile(l.Sites[name].Dir+DNSKeyFile, []byte(key), 0o600); err != nil {
 			return fmt.Errorf("write key: %w", err)
 		}

@@ -87,7 +87,7 @@ func (v *VM) StartProbe(ctx context.Context, interval time.Duration) (*Probe, er
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	p := &Probe{vm: v, stop: cancel, conns: make(map[string]net.Conn), heard: make(map[string]time.Time)}
-	for _, dc := range DataCentres {
+	for _, dc := range v.lab.DataCentres() {
 		site := v.lab.Sites[dc]
 		// Without an entry for good, the guest would count as unreachable at the site where it is not, and be asked for once
 		// a second.

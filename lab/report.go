@@ -88,7 +88,7 @@ func (v *VM) ask(ctx context.Context, site, method, path string, answer any) err
 // dialBridge connects to a link-local address on the data centre's bridge.
 func (s *Site) dialBridge(ctx context.Context, network string, to netip.AddrPort) (conn net.Conn, err error) {
 	if s.Bridge == "" {
-		return nil, fmt.Errorf("guests are at %s, not at %s", strings.Join(DataCentres, " or "), s.Name)
+		return nil, fmt.Errorf("guests are at data centres, not at %s", s.Name)
 	}
 	err = s.inNamespace(func() error {
 		bridge, err := net.InterfaceByName(s.Bridge)

@@ -5,6 +5,7 @@ package lab
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -245,7 +246,7 @@ func TestNameServer(t *testing.T) {
 func TestKilledSupervisorTakesServicesWithIt(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "lab")
 	before := traces(t, dir)
-	l, err := Up(t.Context(), Options{Dir: dir, NoAgent: true, Services: true})
+	l, err := Up(t.Context(), Options{Dir: dir, NoAgent: true, Services: true, Third: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -253,8 +254,8 @@ func TestKilledSupervisorTakesServicesWithIt(t *testing.T) {
 		argv := commandLine(pid)
 		return len(argv) > 0 && argv[0] == "bird" && strings.Contains(strings.Join(argv, " "), dir)
 	})
-	if len(services) != 3 {
-		t.Errorf("routers %v, want three", services)
+	if len(services) != 4 {
+		t.Errorf("routers %v, want four", services)
 	}
 	if err := unix.Kill(l.Supervisor, unix.SIGKILL); err != nil {
 		t.Fatal(err)
@@ -333,4 +334,70 @@ func TestAgentsTakeTheConfigurationOfServices(t *testing.T) {
 	if err := remote.StartAgent(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func TestThirdDataCentre(t *testing.T) {
+	l := upWith(t, Options{Wanmig: buildWanmig(t), Services: true, Third: true, Link: LinkSettings{RTT: 40 * time.Millisecond}})
+	all := l.DataCentres()
+	if !slices.Equal(all, []string{LocalDC, RemoteDC, ThirdDC}) {
+		t.Fatalf("data centres %v", all)
+	}
+	if opened, err := Open(l.Dir); err != nil || !slices.Equal(opened.DataCentres(), all) {
+		t.Errorf("read from the directory: %v, %v", opened, err)
+	}
+	for _, from := range all {
+		for _, to := range all {
+			if from == to {
+				continue
+			}
+			peer := l.Sites[to]
+			for _, address := range []netip.Addr{peer.WANAddr.Addr(), peer.WANAddr6.Addr(), peer.BridgeAddr.Addr(), peer.BridgeAddr6.Addr()} {
+				run(t, l, from, "ping", "-c", "1", "-W", "5", address.String())
+			}
+			run(t, l, from, "wanmig", "site", "check", to)
+		}
+	}
+	for _, address := range []string{"10.40.0.1", "fd00:40::1"} {
+		if got := run(t, l, Users, "ip", "route", "get", address); !strings.Contains(got, "dev eth2 ") || !strings.Contains(got, "src "+usersOwn(address)) {
+			t.Errorf("users send to third-dc by %s", got)
+		}
+		run(t, l, Users, "ping", "-c", "1", "-W", "5", address)
+	}
+
+	// Each link is by itself: what goes from one to another is seen on no third.
+	if err := l.ResetCounters(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	const pings = 20
+	run(t, l, RemoteDC, "ping", "-c", fmt.Sprint(pings), "-i", "0.05", "-s", "1000", "-W", "5", l.Sites[ThirdDC].WANAddr.Addr().String())
+	state, err := l.LinkState(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{LocalDC, RemoteDC, LocalDC + ">" + ThirdDC, ThirdDC + ">" + LocalDC, RemoteDC + ">" + ThirdDC, ThirdDC + ">" + RemoteDC} {
+		c, counted := state.Counters[name]
+		direct := strings.Contains(name, ">") && !strings.Contains(name, LocalDC)
+		if !counted || (c.Bytes >= pings*1028) != direct {
+			t.Errorf("%s carried %+v, of %d pings between remote-dc and third-dc", name, c, pings)
+		}
+	}
+	if err := l.ChangeLink(t.Context(), LinkChange{Cut: &[]string{ThirdDC}}); err != nil {
+		t.Fatal(err)
+	}
+	for _, to := range DataCentres {
+		if out, err := l.output(t.Context(), ThirdDC, "ping", "-c", "1", "-W", "1", l.Sites[to].WANAddr.Addr().String()); err == nil {
+			t.Errorf("third-dc is cut, and reaches %s: %s", to, out)
+		}
+	}
+	run(t, l, LocalDC, "ping", "-c", "1", "-W", "5", l.Sites[RemoteDC].WANAddr.Addr().String())
+	if status := l.Status(t.Context()); len(status.Problems) > 0 || len(status.Sites) != 4 || !status.Sites[2].Daemons[Agent].Running {
+		t.Errorf("status %+v", status)
+	}
+}
+
+func usersOwn(to string) string {
+	if strings.Contains(to, ":") {
+		return usersLoopback6.Addr().String()
+	}
+	return usersLoopback.Addr().String()
 }

@@ -17,10 +17,12 @@ import (
 const (
 	LocalDC  = "local-dc"
 	RemoteDC = "remote-dc"
+	ThirdDC  = "third-dc" // only if asked for
 	Users    = "users"
 )
 
-// DataCentres are the sites that run guests, in the order of their numbers.
+// DataCentres are the sites that run guests in every lab, in the order of their
+// numbers; the method of Lab has a third where there is one.
 var DataCentres = []string{LocalDC, RemoteDC}
 
 // Site is a data centre or the users. Paths are the host's.
@@ -52,7 +54,6 @@ type Site struct {
 
 const (
 	bridgeName = "br0"
-	wanName    = "wan0"
 	agentPort  = 7946
 	// libvirtPort is where libvirtd listens without TLS by default.
 	libvirtPort = 16509
@@ -60,8 +61,11 @@ const (
 
 // dcNumber is the number of a data centre in its addresses.
 func dcNumber(name string) int {
-	if name == RemoteDC {
+	switch name {
+	case RemoteDC:
 		return 2
+	case ThirdDC:
+		return 4 // 3 is the users'
 	}
 	return 1
 }
@@ -69,18 +73,22 @@ func dcNumber(name string) int {
 func newDataCentre(l *Lab, name string) *Site {
 	n := dcNumber(name)
 	dir := filepath.Join(l.Dir, "sites", name)
-	wan := netip.MustParsePrefix(fmt.Sprintf("10.255.0.%d/30", n))
+	wan, wan6 := fmt.Sprintf("10.255.0.%d/30", n), fmt.Sprintf("fd00:255::%d/64", n)
+	if name == ThirdDC { // beside the network of the others' link
+		wan, wan6 = "10.255.4.1/32", "fd00:255:4::1/128"
+	}
+	wanAddr := netip.MustParsePrefix(wan)
 	return &Site{
 		Name:          name,
 		Namespace:     "wanlab-" + l.ID + "-" + name,
 		Dir:           dir,
 		Control:       filepath.Join(dir, "init.sock"),
 		LibvirtSocket: filepath.Join(dir, "run/libvirt/libvirt-sock"),
-		LibvirtURI:    fmt.Sprintf("qemu+tcp://%s/system", wan.Addr()),
+		LibvirtURI:    fmt.Sprintf("qemu+tcp://%s/system", wanAddr.Addr()),
 		AgentSocket:   filepath.Join(dir, "run/wanmig/agent.sock"),
-		AgentAddr:     netip.AddrPortFrom(wan.Addr(), agentPort),
-		WANAddr:       wan,
-		WANAddr6:      netip.MustParsePrefix(fmt.Sprintf("fd00:255::%d/64", n)),
+		AgentAddr:     netip.AddrPortFrom(wanAddr.Addr(), agentPort),
+		WANAddr:       wanAddr,
+		WANAddr6:      netip.MustParsePrefix(wan6),
 		Bridge:        bridgeName,
 		BridgeAddr:    netip.MustParsePrefix(fmt.Sprintf("10.%d0.0.1/24", n)),
 		BridgeAddr6:   netip.MustParsePrefix(fmt.Sprintf("fd00:%d0::1/64", n)),
@@ -101,7 +109,7 @@ func newUsers(l *Lab) *Site {
 
 func (s *Site) namespacePath() string { return filepath.Join(namespaceDir, s.Namespace) }
 
-// peer is the name of the other data centre.
+// peer is the name of the other data centre of the pair.
 func (s *Site) peer() string {
 	if s.Name == LocalDC {
 		return RemoteDC

@@ -14,7 +14,7 @@ func (l *Lab) writeConfig() error {
 			return err
 		}
 	}
-	for _, name := range DataCentres {
+	for _, name := range l.DataCentres() {
 		if err := l.Sites[name].writeConfig(l); err != nil {
 			return err
 		}
@@ -83,7 +83,7 @@ func withLine(path, line string) (string, error) {
 // DNS, which libvirtd does when it starts.
 func hosts(l *Lab) string {
 	text := "127.0.0.1 localhost\n::1 localhost\n"
-	for _, name := range DataCentres {
+	for _, name := range l.DataCentres() {
 		text += fmt.Sprintf("%s %s\n", l.Sites[name].WANAddr.Addr(), name)
 	}
 	return text

@@ -118,10 +118,9 @@ func (s *Site) inNamespace(f func() error) error {
 	return onThread(enter, f)
 }
 
-// connectDataCentre makes the bridge for guests and the end of the WAN, which it
-// returns.
-func (s *Site) connectDataCentre(peer *Site) (wan tun, err error) {
-	err = s.inNamespace(func() error {
+// connectGuests makes the bridge for guests.
+func (s *Site) connectGuests() error {
+	err := s.inNamespace(func() error {
 		if err := setSysctls(); err != nil {
 			return err
 		}
@@ -136,23 +135,68 @@ func (s *Site) connectDataCentre(peer *Site) (wan tun, err error) {
 		if err := netlink.LinkAdd(bridge); err != nil {
 			return fmt.Errorf("make bridge: %w", err)
 		}
-		if err := raise(s.Bridge, s.BridgeAddr, s.BridgeAddr6); err != nil {
-			return err
-		}
-		if wan, err = openTUN(wanName); err != nil {
-			return err
-		}
-		if err := raise(wanName, s.WANAddr, s.WANAddr6); err != nil {
-			return err
-		}
-		return errors.Join(
-			addRoute(wanName, peer.BridgeAddr.Masked(), peer.WANAddr.Addr()),
-			addRoute(wanName, peer.BridgeAddr6.Masked(), peer.WANAddr6.Addr()))
+		return raise(s.Bridge, s.BridgeAddr, s.BridgeAddr6)
 	})
 	if err != nil {
-		return tun{}, fmt.Errorf("connect %s: %w", s.Name, err)
+		return fmt.Errorf("connect %s: %w", s.Name, err)
 	}
-	return wan, nil
+	return nil
+}
+
+// connectPeer makes an end of the link to another data centre.
+func (s *Site) connectPeer(device string, peer *Site) (end tun, err error) {
+	err = s.inNamespace(func() error {
+		if end, err = openTUN(device); err != nil {
+			return err
+		}
+		for _, family := range []struct{ own, peer, bridge netip.Prefix }{
+			{s.WANAddr, peer.WANAddr, peer.BridgeAddr},
+			{s.WANAddr6, peer.WANAddr6, peer.BridgeAddr6},
+		} {
+			if err := joinLink(device, family.own, family.peer); err != nil {
+				return err
+			}
+			if err := addRoute(device, family.bridge.Masked(), family.peer.Addr()); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return tun{}, fmt.Errorf("connect %s to %s: %w", s.Name, peer.Name, err)
+	}
+	return end, nil
+}
+
+// wanQueue is the number of packets that a TUN holds for the emulator, enough
+// for its queue to be the one that fills.
+const wanQueue = 10000
+
+// joinLink raises an end of a link. Beyond the network of the pair's link it has
+// its site's address and a route to the peer's.
+func joinLink(device string, own, peer netip.Prefix) error {
+	link, err := netlink.LinkByName(device)
+	if err != nil {
+		return fmt.Errorf("find interface %s: %w", device, err)
+	}
+	if err := netlink.LinkSetTxQLen(link, wanQueue); err != nil {
+		return fmt.Errorf("set queue of %s: %w", device, err)
+	}
+	if own.Contains(peer.Addr()) {
+		return raise(device, own)
+	}
+	host := func(p netip.Prefix) netip.Prefix { return netip.PrefixFrom(p.Addr(), p.Addr().BitLen()) }
+	if err := raise(device, host(own)); err != nil {
+		return err
+	}
+	route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(host(peer)), Src: own.Addr().AsSlice()}
+	if peer.Addr().Is4() {
+		route.Scope = netlink.SCOPE_LINK
+	}
+	if err := netlink.RouteAdd(route); err != nil {
+		return fmt.Errorf("add route to %s: %w", peer.Addr(), err)
+	}
+	return nil
 }
 
 // connectUsers plugs the users' interface into a data centre's bridge.
@@ -239,10 +283,6 @@ func setSysctls() error {
 	return nil
 }
 
-// wanQueue is the number of packets that a TUN holds for the emulator, enough
-// for its queue to be the one that fills.
-const wanQueue = 10000
-
 func raise(name string, addrs ...netip.Prefix) error {
 	link, err := netlink.LinkByName(name)
 	if err != nil {
@@ -255,11 +295,6 @@ func raise(name string, addrs ...netip.Prefix) error {
 		}
 		if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: ipNet(a), Flags: flags}); err != nil {
 			return fmt.Errorf("add address %s to %s: %w", a, name, err)
-		}
-	}
-	if name == wanName {
-		if err := netlink.LinkSetTxQLen(link, wanQueue); err != nil {
-			return fmt.Errorf("set queue of %s: %w", name, err)
 		}
 	}
 	if err := netlink.LinkSetUp(link); err != nil {

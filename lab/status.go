@@ -44,7 +44,7 @@ func (l *Lab) Status(ctx context.Context) Status {
 	if problem(err); err == nil {
 		status.Link = &link
 	}
-	for _, name := range DataCentres {
+	for _, name := range l.DataCentres() {
 		site := SiteStatus{Name: name, Guests: []Guest{}}
 		site.Daemons, err = l.Sites[name].Daemons(ctx)
 		problem(err)

@@ -127,16 +127,11 @@ func runSupervisor(dir string, ready *os.File) error {
 			return fmt.Errorf("start site %s: %w", s.Name, err)
 		}
 	}
-	local, remote, users := l.Sites[LocalDC], l.Sites[RemoteDC], l.Sites[Users]
-	localWAN, err := local.connectDataCentre(remote)
+	wires, err := l.connectDataCentres()
 	if err != nil {
 		return err
 	}
-	remoteWAN, err := remote.connectDataCentre(local)
-	if err != nil {
-		return err
-	}
-	if err := users.connectUsers(local); err != nil {
+	if err := l.Sites[Users].connectUsers(l.Sites[LocalDC]); err != nil {
 		return err
 	}
 	if l.Services {
@@ -144,7 +139,7 @@ func runSupervisor(dir string, ready *os.File) error {
 			return err
 		}
 	}
-	link, err := newEmulator(l.Link, [2]string{LocalDC, RemoteDC}, [2]tun{localWAN, remoteWAN})
+	link, err := newEmulator(l.Link, wires...)
 	if err != nil {
 		return err
 	}
@@ -162,6 +157,34 @@ func runSupervisor(dir string, ready *os.File) error {
 		return err
 	}
 	return http.Serve(listener, linkHandler(link))
+}
+
+// connectDataCentres makes the bridges, and a link between any two data centres.
+// A site's devices of the WAN are wan0, wan1.
+func (l *Lab) connectDataCentres() ([]wire, error) {
+	names := l.DataCentres()
+	for _, name := range names {
+		if err := l.Sites[name].connectGuests(); err != nil {
+			return nil, err
+		}
+	}
+	var wires []wire
+	links := map[string]int{} // of each site so far
+	for i, name := range names {
+		for _, peer := range names[:i] {
+			w := wire{sites: [2]string{peer, name}}
+			for end, site := range w.sites {
+				var err error
+				device := fmt.Sprintf("wan%d", links[site])
+				if w.tuns[end], err = l.Sites[site].connectPeer(device, l.Sites[w.sites[1-end]]); err != nil {
+					return nil, err
+				}
+				links[site]++
+			}
+			wires = append(wires, w)
+		}
+	}
+	return wires, nil
 }
 
 // startSite starts the init of a site and names its network namespace. The

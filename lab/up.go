@@ -24,6 +24,8 @@ type Options struct {
 	Link    LinkSettings
 	Wanmig  string // the program for the agents; by default wanmig beside this program
 	NoAgent bool
+	// Third adds a data centre third-dc, with links like the other one to both.
+	Third bool
 	// Services adds a router to each site and a name server to local-dc.
 	Services bool
 	// AgentConfig has, by data centre, YAML for the agent's configuration: its
@@ -48,17 +50,15 @@ func Up(ctx context.Context, o Options) (*Lab, error) {
 	if err != nil {
 		return nil, err
 	}
+	l := newLab(dir)
+	if err := l.apply(o); err != nil {
+		return nil, err
+	}
 	lock, err := claim(dir)
 	if err != nil {
 		return nil, err
 	}
 	defer lock.Close()
-	l := newLab(dir)
-	l.Link, l.Wanmig, l.AgentConfig = o.Link, o.Wanmig, o.AgentConfig
-	if o.Services {
-		l.Services = true
-		l.Sites[Users].Loopback, l.Sites[Users].Loopback6 = usersLoopback, usersLoopback6
-	}
 	if err := l.make(ctx, lock); err != nil {
 		// The caller may have given up; the cleaning up goes on.
 		return nil, errors.Join(err, l.remove(context.WithoutCancel(ctx)))
@@ -70,17 +70,6 @@ func Up(ctx context.Context, o Options) (*Lab, error) {
 func checkOptions(o *Options) (string, error) {
 	if err := checkHost(o.Services); err != nil {
 		return "", err
-	}
-	if err := o.Link.validate(); err != nil {
-		return "", err
-	}
-	for site, config := range o.AgentConfig {
-		if !slices.Contains(DataCentres, site) {
-			return "", unknownSite(site, DataCentres)
-		}
-		if _, err := overlayYAML("site: x", config); err != nil {
-			return "", fmt.Errorf("configuration of the agent of %s: %w", site, err)
-		}
 	}
 	if o.Dir == "" {
 		o.Dir = DefaultDir
@@ -112,6 +101,30 @@ func checkOptions(o *Options) (string, error) {
 	return dir, nil
 }
 
+// apply describes what the options ask for.
+func (l *Lab) apply(o Options) error {
+	if o.Third {
+		l.addThird()
+	}
+	if o.Services {
+		l.Services = true
+		l.Sites[Users].Loopback, l.Sites[Users].Loopback6 = usersLoopback, usersLoopback6
+	}
+	if err := o.Link.validate(l.DataCentres()); err != nil {
+		return err
+	}
+	l.Link, l.Wanmig, l.AgentConfig = o.Link, o.Wanmig, o.AgentConfig
+	for site := range o.AgentConfig {
+		if !slices.Contains(l.DataCentres(), site) {
+			return unknownSite(site, l.DataCentres())
+		}
+		if _, err := l.agentConfig(l.Sites[site]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // maxSocketPath is the length of sun_path less its NUL (unix(7)).
 const maxSocketPath = 107
 
@@ -128,7 +141,7 @@ func checkDir(dir string) error {
 	if excess := len(longest) - maxSocketPath; excess > 0 {
 		return fmt.Errorf("directory %s: %d bytes too long for the unix sockets in it: choose a shorter --dir", dir, excess)
 	}
-	for _, private := range append([]string{"/proc", "/sys"}, privateDirs...) {
+	for _, private := range slices.Concat([]string{"/proc", "/sys"}, privateDirs, namedDirs) {
 		if within(dir, private) {
 			return fmt.Errorf("directory %s: sites have a %s of their own and would not see it: choose another --dir", dir, private)
 		}
@@ -195,7 +208,7 @@ func (l *Lab) make(ctx context.Context, lock *os.File) error {
 	*l = *made
 
 	var daemons errgroup.Group
-	for _, name := range DataCentres {
+	for _, name := range l.DataCentres() {
 		daemons.Go(func() error { return l.Sites[name].StartLibvirtd(ctx) })
 	}
 	if l.Services {
@@ -212,11 +225,17 @@ func (l *Lab) make(ctx context.Context, lock *os.File) error {
 			return err
 		}
 	}
-	if err := l.checkReach(ctx, Users, RemoteDC); err != nil {
-		return err
-	}
-	if err := l.checkReach(ctx, RemoteDC, LocalDC); err != nil {
-		return err
+	for i, name := range l.DataCentres() {
+		if name != LocalDC { // whose libvirtd the users reach without the WAN
+			if err := l.checkReach(ctx, Users, name); err != nil {
+				return err
+			}
+		}
+		for _, other := range l.DataCentres()[:i] {
+			if err := l.checkReach(ctx, name, other); err != nil {
+				return err
+			}
+		}
 	}
 	if l.Wanmig == "" {
 		return nil
@@ -224,10 +243,10 @@ func (l *Lab) make(ctx context.Context, lock *os.File) error {
 	return l.startAgents(ctx)
 }
 
-// startAgents starts the agents and makes each known to the other.
+// startAgents starts the agents and makes each known to the others.
 func (l *Lab) startAgents(ctx context.Context) error {
 	ids := map[string]string{}
-	for _, name := range DataCentres {
+	for _, name := range l.DataCentres() {
 		if err := l.Sites[name].StartAgent(ctx); err != nil {
 			return err
 		}
@@ -237,10 +256,14 @@ func (l *Lab) startAgents(ctx context.Context) error {
 		}
 		ids[name] = id
 	}
-	for _, name := range DataCentres {
-		peer := l.Sites[l.Sites[name].peer()]
-		if _, err := l.output(ctx, name, l.Wanmig, "site", "add", peer.Name, peer.AgentAddr.String(), "--id", ids[peer.Name]); err != nil {
-			return err
+	for _, name := range l.DataCentres() {
+		for _, other := range l.DataCentres() {
+			if other == name {
+				continue
+			}
+			if _, err := l.output(ctx, name, l.Wanmig, "site", "add", other, l.Sites[other].AgentAddr.String(), "--id", ids[other]); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -42,7 +43,7 @@ func (l *Lab) uplink(dc *Site) uplink {
 	address := func(host int) (v4, v6 netip.Prefix) {
 		return netip.MustParsePrefix(fmt.Sprintf("10.254.%d.%d/29", n, host)), netip.MustParsePrefix(fmt.Sprintf("fd00:254:%d::%d/64", n, host))
 	}
-	u.Device = fmt.Sprintf("eth%d", n-1)
+	u.Device = fmt.Sprintf("eth%d", slices.Index(l.DataCentres(), dc.Name))
 	u.DC, u.DC6 = address(1)
 	u.Users, u.Users6 = address(2)
 	u.Agent, u.Agent6 = address(3)
@@ -67,7 +68,7 @@ func (l *Lab) connectUplinks() error {
 	if err != nil {
 		return fmt.Errorf("give users their own address: %w", err)
 	}
-	for _, name := range DataCentres {
+	for _, name := range l.DataCentres() {
 		dc := l.Sites[name]
 		if name == LocalDC {
 			err = l.shareBridge(dc)

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -43,7 +44,8 @@ type VMOptions struct {
 	Guest string // the program wanlab-guest
 }
 
-func (o *VMOptions) complete() error {
+// complete sets the defaults of a lab with these data centres.
+func (o *VMOptions) complete(dataCentres []string) error {
 	if o.Site == "" {
 		o.Site = LocalDC
 	}
@@ -66,8 +68,8 @@ func (o *VMOptions) complete() error {
 		return err
 	}
 	switch {
-	case o.Site != LocalDC && o.Site != RemoteDC:
-		return unknownSite(o.Site, DataCentres)
+	case !slices.Contains(dataCentres, o.Site):
+		return unknownSite(o.Site, dataCentres)
 	case o.Memory < 128<<20 || o.Memory > 1<<40 || o.Memory%(1<<20) != 0:
 		return fmt.Errorf("memory of %s: %d bytes: want 128MiB or more, in whole MiB", o.Name, o.Memory)
 	case o.VCPUs < 1 || o.VCPUs > 64:
@@ -127,7 +129,7 @@ func (v *VM) SerialLog() string { return "/var/log/libvirt/" + v.Name + ".serial
 // CreateVM makes a VM and waits until it answers. If that does not succeed, nothing is left of it, and the error has the end
 // of its serial log.
 func (l *Lab) CreateVM(ctx context.Context, o VMOptions) (*VM, error) {
-	if err := o.complete(); err != nil {
+	if err := o.complete(l.DataCentres()); err != nil {
 		return nil, err
 	}
 	site, err := l.Site(o.Site)
@@ -159,7 +161,7 @@ func (l *Lab) CreateVM(ctx context.Context, o VMOptions) (*VM, error) {
 
 // forgetRemoved makes the name of a VM free again that no site has any more, as after a virsh undefine.
 func (l *Lab) forgetRemoved(ctx context.Context, name string) error {
-	for _, dc := range DataCentres {
+	for _, dc := range l.DataCentres() {
 		out, err := l.Sites[dc].virsh(ctx, nil, "list", "--all", "--name")
 		if err != nil {
 			return err
@@ -270,7 +272,7 @@ func (l *Lab) installBoot(ctx context.Context, boot image) (kernel, initrd strin
 	const dir = "/var/lib/libvirt/boot"
 	kernel = filepath.Join(dir, filepath.Base(boot.kernel))
 	initrd = filepath.Join(dir, filepath.Base(boot.initrd))
-	for _, dc := range DataCentres {
+	for _, dc := range l.DataCentres() {
 		root := l.Sites[dc].Dir
 		if err := os.MkdirAll(root+dir, 0o755); err != nil {
 			return "", "", fmt.Errorf("install kernel: %w", err)
@@ -366,7 +368,7 @@ func (v *VM) state(ctx context.Context, site *Site) (string, error) {
 // Site is the name of the data centre where the VM runs.
 func (v *VM) Site(ctx context.Context) (string, error) {
 	var found []string
-	for _, dc := range DataCentres {
+	for _, dc := range v.lab.DataCentres() {
 		state, err := v.state(ctx, v.lab.Sites[dc])
 		if err != nil {
 			return "", err
@@ -391,7 +393,7 @@ func (v *VM) serialEnd(site *Site) string {
 // at the other site, and its name.
 func (v *VM) Remove(ctx context.Context) error {
 	var errs []error
-	for _, dc := range DataCentres {
+	for _, dc := range v.lab.DataCentres() {
 		site := v.lab.Sites[dc]
 		state, err := v.state(ctx, site)
 		if err == nil && state != "absent" && state != "shut off" {

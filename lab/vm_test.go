@@ -60,7 +60,7 @@ func TestCheckName(t *testing.T) {
 
 func TestVMOptionsAreCompleted(t *testing.T) {
 	o := VMOptions{Name: "web"}
-	if err := o.complete(); err != nil {
+	if err := o.complete(DataCentres); err != nil {
 		t.Fatal(err)
 	}
 	want := VMOptions{Name: "web", Site: LocalDC, Memory: 512 << 20, VCPUs: 1, WorkingSet: 64 << 20, Accel: "auto",
@@ -72,7 +72,7 @@ func TestVMOptionsAreCompleted(t *testing.T) {
 		{}, {Name: "a", Site: Users}, {Name: "a", Memory: 1}, {Name: "a", VCPUs: -1}, {Name: "a", VCPUs: 1000}, {Name: "a", Accel: "hvf"},
 		{Name: "a", Dirty: -1}, {Name: "a", Disks: []DiskOptions{{}}}, {Name: "a", Disks: make([]DiskOptions, 9)},
 	} {
-		if err := bad.complete(); err == nil {
+		if err := bad.complete(DataCentres); err == nil {
 			t.Errorf("%+v was accepted", bad)
 		}
 	}

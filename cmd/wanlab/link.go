@@ -94,7 +94,7 @@ flags it shows the WAN.`,
 				if err != nil {
 					return err
 				}
-				sites := cutFrom(state.Settings.Cut, from, cut)
+				sites := cutFrom(state.Settings.Cut, l.DataCentres(), from, cut)
 				change.Cut = &sites
 			}
 			if change != (lab.LinkChange{}) {
@@ -137,8 +137,8 @@ flags it shows the WAN.`,
 }
 
 // cutFrom adds a site to those that are cut, or takes it away; no site means all.
-func cutFrom(sites []string, from string, cut bool) []string {
-	meant := lab.DataCentres
+func cutFrom(sites, all []string, from string, cut bool) []string {
+	meant := all
 	if from != "" {
 		meant = []string{from}
 	}
@@ -161,9 +161,9 @@ func describeLink(s lab.LinkSettings) string {
 }
 
 func printCounters(w io.Writer, state lab.LinkState) {
-	fmt.Fprintf(w, "%-12s%16s%12s%12s%12s%12s\n", "from", "bytes", "packets", "lost", "cut", "dropped")
+	fmt.Fprintf(w, "%-20s%16s%12s%12s%12s%12s\n", "from", "bytes", "packets", "lost", "cut", "dropped")
 	for _, from := range slices.Sorted(maps.Keys(state.Counters)) {
 		c := state.Counters[from]
-		fmt.Fprintf(w, "%-12s%16d%12d%12d%12d%12d\n", from, c.Bytes, c.Packets, c.Lost, c.Cut, c.Dropped)
+		fmt.Fprintf(w, "%-20s%16d%12d%12d%12d%12d\n", from, c.Bytes, c.Packets, c.Lost, c.Cut, c.Dropped)
 	}
 }

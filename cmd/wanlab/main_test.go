@@ -72,7 +72,7 @@ func TestCutFrom(t *testing.T) {
 		{both, "", false, nil},
 		{nil, "", false, nil},
 	} {
-		if got := cutFrom(c.before, c.from, c.cut); !slices.Equal(got, c.want) {
+		if got := cutFrom(c.before, both, c.from, c.cut); !slices.Equal(got, c.want) {
 			t.Errorf("cutFrom(%v, %q, %v) = %v, want %v", c.before, c.from, c.cut, got, c.want)
 		}
 	}

@@ -42,13 +42,14 @@ func upCommand(dir *string) *cobra.Command {
 	cmd.Flags().Uint64Var(&link.seed, "seed", 1, "seed of the losses")
 	cmd.Flags().StringVar(&o.Wanmig, "wanmig", "", "the program for the agents (default: wanmig beside wanlab)")
 	cmd.Flags().BoolVar(&o.NoAgent, "no-agent", false, "make data centres without a wanmig agent")
+	cmd.Flags().BoolVar(&o.Third, "third", false, "make a third data centre, "+lab.ThirdDC+", with links like the others' to both")
 	cmd.Flags().BoolVar(&o.Services, "services", false, "add routers (BIRD) to all sites and a name server (BIND) to "+lab.LocalDC)
 	return cmd
 }
 
 func printSummary(w io.Writer, l *lab.Lab) {
 	fmt.Fprintf(w, "lab in %s, WAN of %s\n", l.Dir, describeLink(l.Link))
-	for _, name := range lab.DataCentres {
+	for _, name := range l.DataCentres() {
 		s := l.Sites[name]
 		fmt.Fprintf(w, "  %-9s  WAN %s, guests on %s %s %s, ip netns %s\n",
 			name, s.WANAddr.Addr(), s.Bridge, s.BridgeAddr, s.BridgeAddr6, s.Namespace)
