@@ -16,12 +16,16 @@ import (
 	"github.com/wanmig/wanmig/migrate"
 )
 
-// start runs an agent without a libvirtd until the test ends.
-func start(t *testing.T, site string) (*Client, Config) {
+// start runs an agent without a libvirtd until the test ends. The state that it
+// finds is what prepare makes.
+func start(t *testing.T, site string, prepare ...func(Config)) (*Client, Config) {
 	t.Helper()
 	dir := t.TempDir()
 	c := Config{Site: site, Listen: "127.0.0.1:0", API: filepath.Join(dir, "api.sock"), State: filepath.Join(dir, "state"),
 		Libvirt: filepath.Join(dir, "no-libvirtd"), Outbox: OutboxConfig{Memory: 1 << 20, Dir: filepath.Join(dir, "spool")}}
+	for _, p := range prepare {
+		p(c)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- Run(ctx, c, slog.New(slog.NewTextHandler(io.Discard, nil))) }()
@@ -144,6 +148,12 @@ func TestHostileRequests(t *testing.T) {
 		{"POST", "/v1/moves/mv-aaaaaaaa/cancel", "", 404},
 		{"PUT", "/v1/sites/a", `{"name":"b","address":"192.0.2.1:1","id":"x"}`, 400},
 		{"GET", "/v1/sites/nowhere/check", "", 404},
+		{"GET", "/v1/redirects/mv-aaaaaaaa", "", 404},
+		{"POST", "/v1/redirects/mv-aaaaaaaa/drain", "", 404},
+		{"POST", "/v1/redirects/mv-aaaaaaaa/cut", "{}", 404},
+		{"POST", "/v1/redirects/mv-aaaaaaaa/cut", "", 400},
+		{"POST", "/v1/redirects/mv-aaaaaaaa/cut", `{"force":"yes"}`, 400},
+		{"POST", "/v1/redirects/mv-aaaaaaaa/cut", `{"force":true,"now":true}`, 400},
 		{"GET", "/v2/moves", "", 404},
 	} {
 		req, err := http.NewRequestWithContext(t.Context(), r.method, "http://agent"+r.path, strings.NewReader(r.body))

@@ -17,6 +17,11 @@ import (
 //	GET    /v1/moves/{id}             migrate.Status
 //	GET    /v1/moves/{id}/watch       a migrate.Status per line, now and at each change, until the move is final or in doubt
 //	POST   /v1/moves/{id}/cancel      → 202; 409 when it is too late
+//	GET    /v1/redirects              []netredirect.Status, oldest first
+//	GET    /v1/redirects/{move}       netredirect.Status; by the move's ID or the VM's name
+//	POST   /v1/redirects/{move}/drain → 204; 409 when no tunnel of it stands
+//	POST   /v1/redirects/{move}/cut   Cut → 204; 409 when connections use it or no tunnel of it stands,
+//	                                  502 when it is removed at this end only
 
 // Info describes an agent.
 type Info struct {
@@ -34,6 +39,11 @@ type Site struct {
 	Name    string `json:"name"`
 	Address string `json:"address"` // host:port, UDP
 	ID      string `json:"id"`
+}
+
+// Cut asks for a tunnel to be removed now.
+type Cut struct {
+	Force bool `json:"force"` // also while connections use it
 }
 
 // SiteCheck is what `wanmig site check` found.

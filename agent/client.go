@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/wanmig/wanmig/migrate"
+	"github.com/wanmig/wanmig/netredirect"
 )
 
 // What the client accepts at most, in bytes. The agent runs as root and is
@@ -133,6 +134,29 @@ func (c *Client) WatchMove(ctx context.Context, id string, see func(migrate.Stat
 // is too late.
 func (c *Client) CancelMove(ctx context.Context, id string) error {
 	return c.send(ctx, http.MethodPost, nil, "moves", id, "cancel")
+}
+
+// Redirects lists the redirects that stand at the agent's host, oldest first.
+func (c *Client) Redirects(ctx context.Context) ([]netredirect.Status, error) {
+	return get[[]netredirect.Status](ctx, c, "redirects")
+}
+
+// Redirect returns the redirect of a move, by the move's ID or the VM's name.
+func (c *Client) Redirect(ctx context.Context, move string) (netredirect.Status, error) {
+	return get[netredirect.Status](ctx, c, "redirects", move)
+}
+
+// DrainRedirect tells the agent that nothing more will move: the tunnel goes
+// when nothing uses it.
+func (c *Client) DrainRedirect(ctx context.Context, move string) error {
+	return c.send(ctx, http.MethodPost, nil, "redirects", move, "drain")
+}
+
+// CutRedirect removes a tunnel now. An *APIError with status 409 says that
+// connections use it, which force overrides, or that there is none to remove;
+// one with status 502 that it still stands at the other site.
+func (c *Client) CutRedirect(ctx context.Context, move string, force bool) error {
+	return c.send(ctx, http.MethodPost, Cut{force}, "redirects", move, "cut")
 }
 
 func get[T any](ctx context.Context, c *Client, path ...string) (T, error) {

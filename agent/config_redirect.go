@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/wanmig/wanmig/netredirect"
@@ -67,27 +68,19 @@ func (c Config) checkRedirect() error {
 	if err := o.Validate(); err != nil {
 		return fmt.Errorf("redirect: %w", err)
 	}
+	if r.Max == 0 {
+		return errors.New("redirect.max: 0s: a tunnel has to stay for some time, or not be there: kind: none")
+	}
+	if c.Addresses.Mode == netredirect.New && len(c.Addresses.Pool) == 0 {
+		return errors.New("addresses.pool: mode new needs addresses to give")
+	}
 	for _, p := range c.Addresses.Pool {
 		if p != p.Masked() {
 			return fmt.Errorf("addresses.pool: %s has bits beyond its length: write %s", p, p.Masked())
 		}
 	}
-	if c.DNS != nil {
-		if len(c.DNS.Servers) == 0 || c.DNS.KeyFile == "" {
-			return errors.New("dns: servers and key_file are needed")
-		}
-		if !filepath.IsAbs(c.DNS.KeyFile) {
-			return fmt.Errorf("dns.key_file: %q must begin with /", c.DNS.KeyFile)
-		}
-	}
-	if c.BGP != nil {
-		seen := map[bool]bool{}
-		for _, a := range c.BGP.NextHops {
-			if seen[a.Is4()] {
-				return errors.New("bgp.next_hops: at most one of each family")
-			}
-			seen[a.Is4()] = true
-		}
+	if err := c.checkServices(); err != nil {
+		return err
 	}
 	for key, path := range c.Hooks.programs() {
 		if path != "" && !filepath.IsAbs(path) {
@@ -96,6 +89,33 @@ func (c Config) checkRedirect() error {
 	}
 	if c.Hooks.Timeout < time.Second || c.Hooks.Timeout > 10*time.Minute {
 		return fmt.Errorf("hooks.timeout: %v: want 1s to 10m", c.Hooks.Timeout)
+	}
+	return nil
+}
+
+// checkServices checks what is said of DNS and BGP, as far as it can be without
+// asking them.
+func (c Config) checkServices() error {
+	if c.DNS != nil {
+		if err := c.DNS.names().Validate(); err != nil {
+			return err
+		}
+		if !filepath.IsAbs(c.DNS.KeyFile) {
+			return fmt.Errorf("dns.key_file: %q must begin with /", c.DNS.KeyFile)
+		}
+	}
+	if c.BGP == nil {
+		return nil
+	}
+	seen := map[bool]bool{}
+	for _, a := range c.BGP.NextHops {
+		if seen[a.Is4()] {
+			return errors.New("bgp.next_hops: at most one of each family")
+		}
+		seen[a.Is4()] = true
+	}
+	if err := c.BGP.routes().Validate(); err != nil {
+		return fmt.Errorf("bgp: %s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
 	return nil
 }

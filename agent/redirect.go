@@ -29,7 +29,7 @@ func (a *agent) startRedirects(ctx context.Context) (*netredirect.Manager, error
 		Settled: func(s netredirect.Status) { a.engine.Settled(s) },
 		Log:     a.log}
 	if d := a.config.DNS; d != nil {
-		c.DNS = &names.Config{Servers: d.Servers, KeyFile: d.KeyFile, Zones: d.Zones, TTL: d.TTL}
+		c.DNS = d.names()
 	}
 	if b := a.config.BGP; b != nil {
 		c.BGP = b.routes()
@@ -39,6 +39,10 @@ func (a *agent) startRedirects(ctx context.Context) (*netredirect.Manager, error
 
 func (r RedirectConfig) options() netredirect.Options {
 	return netredirect.Options{Kind: r.Kind, Max: r.Max, Quiet: r.Quiet}
+}
+
+func (d DNSConfig) names() *names.Config {
+	return &names.Config{Servers: d.Servers, KeyFile: d.KeyFile, Zones: d.Zones, TTL: d.TTL}
 }
 
 func (b BGPConfig) routes() *routes.Config {

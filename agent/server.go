@@ -10,6 +10,7 @@ import (
 
 	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/migrate"
+	"github.com/wanmig/wanmig/netredirect"
 	"github.com/wanmig/wanmig/tunnel"
 )
 
@@ -29,6 +30,10 @@ func (a *agent) routes() http.Handler {
 	mux.HandleFunc("GET /v1/moves/{id}", a.getMove)
 	mux.HandleFunc("GET /v1/moves/{id}/watch", a.watchMove)
 	mux.HandleFunc("POST /v1/moves/{id}/cancel", a.cancelMove)
+	mux.HandleFunc("GET /v1/redirects", a.getRedirects)
+	mux.HandleFunc("GET /v1/redirects/{move}", a.getRedirect)
+	mux.HandleFunc("POST /v1/redirects/{move}/drain", a.drainRedirect)
+	mux.HandleFunc("POST /v1/redirects/{move}/cut", a.cutRedirect)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusNotFound, fmt.Errorf("%s %s is not in this agent's API (version %s): update the older of command and agent", r.Method, r.URL.Path, Version))
 	})
@@ -222,6 +227,71 @@ func (a *agent) cancelMove(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.WriteHeader(http.StatusAccepted)
+}
+
+func (a *agent) getRedirects(w http.ResponseWriter, _ *http.Request) {
+	reply(w, http.StatusOK, a.redirects.All())
+}
+
+func (a *agent) getRedirect(w http.ResponseWriter, r *http.Request) {
+	x, ok := a.redirects.Find(r.PathValue("move"))
+	if !ok {
+		noRedirect(w, r)
+		return
+	}
+	reply(w, http.StatusOK, x.Status())
+}
+
+func noRedirect(w http.ResponseWriter, r *http.Request) {
+	fail(w, http.StatusNotFound, fmt.Errorf("no redirect of %q stands here: wanmig redirect list shows those that do", r.PathValue("move")))
+}
+
+func (a *agent) drainRedirect(w http.ResponseWriter, r *http.Request) {
+	x, ok := a.redirects.Find(r.PathValue("move"))
+	if !ok {
+		noRedirect(w, r)
+		return
+	}
+	if s := x.Status(); !carrying(s.State) {
+		fail(w, http.StatusConflict, fmt.Errorf("no tunnel of %s is there to drain: its redirect is %s", s.Move, s.State))
+		return
+	}
+	x.Drain()
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (a *agent) cutRedirect(w http.ResponseWriter, r *http.Request) {
+	var ask Cut
+	if !receive(w, r, &ask) {
+		return
+	}
+	x, ok := a.redirects.Find(r.PathValue("move"))
+	if !ok {
+		noRedirect(w, r)
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), 30*time.Second)
+	defer cancel()
+	before := x.Status().State
+	if err := x.Cut(ctx, ask.Force); err != nil {
+		fail(w, statusOfCut(before, err), err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// carrying reports whether a redirect of a state has a tunnel that packets take.
+func carrying(s netredirect.State) bool {
+	return s == netredirect.Standing || s == netredirect.Draining
+}
+
+// statusOfCut is that of an error of Cut, which a redirect of the state gave.
+func statusOfCut(before netredirect.State, err error) int {
+	_, used := errors.AsType[netredirect.ErrInUse](err)
+	if used || !carrying(before) {
+		return http.StatusConflict
+	}
+	return http.StatusBadGateway
 }
 
 func statusOf(err error) int {
