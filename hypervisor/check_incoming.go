@@ -150,7 +150,7 @@ func (f *findings) checkMachine(l *libvirt.Libvirt, dom *Domain, s IncomingSpec)
 func (f *findings) checkNetworks(l *libvirt.Libvirt, dom *Domain) error {
 	for _, n := range dom.Networks {
 		check := "network " + n.Source
-		switch n.Type {
+		switch n.Kind {
 		case "network":
 			network, err := l.NetworkLookupByName(n.Source)
 			if hasCode(err, libvirt.ErrNoNetwork) {

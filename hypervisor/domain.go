@@ -70,14 +70,6 @@ func (d Disk) local() bool { return d.Type == "file" || d.Type == "block" || d.T
 // measured tells whether its sizes matter: a removable medium may be anything.
 func (d Disk) measured() bool { return d.Path != "" && d.Device != "cdrom" && d.Device != "floppy" }
 
-// NIC is a network interface of a domain.
-type NIC struct {
-	MAC    string
-	Type   string // "network", "bridge", "direct", "user", …
-	Source string // the network's, bridge's or device's name
-	Target string // the host's side, such as "vnet0"; "" while shut off
-}
-
 // Domain reads a domain. The error is an ErrNoDomain when there is none.
 func (h *Host) Domain(ctx context.Context, nameOrUUID string) (*Domain, error) {
 	var dom *Domain
@@ -278,27 +270,4 @@ func readDisk(e *etree.Element) Disk {
 	}
 	d.HasBacking = attr(e, "type", "backingStore") != ""
 	return d
-}
-
-func readNIC(e *etree.Element) NIC {
-	n := NIC{
-		MAC:    attr(e, "address", "mac"),
-		Type:   attr(e, "type"),
-		Target: attr(e, "dev", "target"),
-	}
-	if a := networkAttr(n.Type); a != "" {
-		n.Source = attr(e, a, "source")
-	}
-	return n
-}
-
-// networkAttr is the attribute of <source> that names what the NIC is plugged into.
-func networkAttr(kind string) string {
-	switch kind {
-	case "network", "bridge":
-		return kind
-	case "direct":
-		return "dev"
-	}
-	return ""
 }

@@ -39,10 +39,10 @@ func TestReadDomain(t *testing.T) {
 			{Target: "sdc", Bus: "sata", Device: "cdrom", Type: "file", Format: "raw", ReadOnly: true},
 		},
 		Networks: []NIC{
-			{MAC: "52:54:00:00:00:01", Type: "network", Source: "default"},
-			{MAC: "52:54:00:00:00:02", Type: "bridge", Source: "br-dmz"},
-			{MAC: "52:54:00:00:00:03", Type: "direct", Source: "eno2"},
-			{MAC: "52:54:00:00:00:04", Type: "user"},
+			{MAC: "52:54:00:00:00:01", Kind: "network", Source: "default", Model: "virtio"},
+			{MAC: "52:54:00:00:00:02", Kind: "bridge", Source: "br-dmz", Bridge: "br-dmz", Model: "virtio"},
+			{MAC: "52:54:00:00:00:03", Kind: "direct", Source: "eno2", Model: "virtio"},
+			{MAC: "52:54:00:00:00:04", Kind: "user", Model: "virtio"},
 		},
 	}
 	if !reflect.DeepEqual(dom, want) {

@@ -3,94 +3,91 @@ package hypervisor
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
+	"github.com/beevik/etree"
 	"github.com/digitalocean/go-libvirt"
 )
 
-// Interface is a network interface of a running or arriving domain, as its host
-// sees it.
-type Interface struct {
-	MAC    string // lower case
-	Type   string // "bridge", "network", "direct", "user", …
-	Bridge string // the Linux bridge that it is on, "" when on none
-	Tap    string // the host's device, "" while there is none
+// NIC is a network interface of a domain. Alias and Tap are "" while the domain
+// is shut off.
+type NIC struct {
+	Alias       string // "net0"
+	MAC         string // lower case, with colons
+	Kind        string // "network", "bridge", "direct", "user", …
+	Source      string // the network's, bridge's or device's name
+	Bridge      string // what the tap is plugged into; "" when that is no bridge or, of a network, not known
+	Tap         string // the host's side, such as "vnet0"
+	Model       string // "virtio"
+	VLAN        int    // tag of its <vlan>, of several the first; 0 for none
+	VirtualPort string // "openvswitch" when Bridge is one of Open vSwitch; else mostly ""
 }
 
-// NICs reads the interfaces of a domain that runs or is arriving.
-func (h *Host) NICs(ctx context.Context, uuid string) ([]Interface, error) {
-	var list []Interface
-	err := h.onDomain(ctx, "read interfaces", uuid, func(l *libvirt.Libvirt, d libvirt.Domain) error {
-		live, err := l.DomainGetXMLDesc(d, 0)
-		if err == nil {
-			list, err = readInterfaces(l, live)
-		}
-		return err
-	})
-	return list, err
-}
-
-// PlannedNICs are the interfaces that a domain of this XML would have here.
-func (h *Host) PlannedNICs(ctx context.Context, xml string) ([]Interface, error) {
-	var list []Interface
-	err := h.call(ctx, "read interfaces", func(l *libvirt.Libvirt) error {
-		var err error
-		list, err = readInterfaces(l, xml)
-		for i := range list {
-			list[i].Tap = "" // that of another host
-		}
-		return err
-	})
-	return list, err
-}
-
-func readInterfaces(l *libvirt.Libvirt, xml string) ([]Interface, error) {
-	doc, err := parseXML(xml, "domain")
-	if err != nil {
-		return nil, err
+func readNIC(e *etree.Element) NIC {
+	n := NIC{
+		Alias:       attr(e, "name", "alias"),
+		MAC:         strings.ToLower(attr(e, "address", "mac")),
+		Kind:        attr(e, "type"),
+		Bridge:      attr(e, "bridge", "source"), // of a network too, while the domain runs
+		Tap:         attr(e, "dev", "target"),
+		Model:       attr(e, "type", "model"),
+		VirtualPort: attr(e, "type", "virtualport"),
 	}
-	var list []Interface
-	for _, e := range devices(doc, "interface") {
-		nic := readNIC(e)
-		n := Interface{MAC: strings.ToLower(nic.MAC), Type: nic.Type, Tap: nic.Target}
-		switch {
-		case child(e, "virtualport") != nil: // Open vSwitch and others: no Linux bridge
-		case nic.Type == "bridge":
-			n.Bridge = nic.Source
-		case nic.Type == "network":
-			network, err := l.NetworkLookupByName(nic.Source)
-			if hasCode(err, libvirt.ErrNoNetwork) {
-				break // the checks tell
-			}
-			if err != nil {
-				return nil, err
-			}
-			// A network of another kind has no bridge.
-			if bridge, err := l.NetworkGetBridgeName(network); err == nil {
-				n.Bridge = bridge
-			}
-		}
-		list = append(list, n)
+	if a := networkAttr(n.Kind); a != "" {
+		n.Source = attr(e, a, "source")
 	}
-	return list, nil
+	n.VLAN, _ = strconv.Atoi(attr(e, "id", "vlan", "tag")) // libvirt wrote it, 0 to 4095
+	return n
 }
 
-// AddressSource is where libvirt knows a domain's addresses from.
+// networkAttr is the attribute of <source> that names what the NIC is plugged into.
+func networkAttr(kind string) string {
+	switch kind {
+	case "network", "bridge":
+		return kind
+	case "direct":
+		return "dev"
+	}
+	return ""
+}
+
+// NICs reads the network interfaces of a domain, as they are now: also of one
+// that is paused because it is only being migrated in.
+func (h *Host) NICs(ctx context.Context, uuid string) ([]NIC, error) {
+	var nics []NIC
+	err := h.onDomain(ctx, "read network interfaces", uuid, func(l *libvirt.Libvirt, d libvirt.Domain) error {
+		xml, err := l.DomainGetXMLDesc(d, 0)
+		if err != nil {
+			return err
+		}
+		dom, err := readDomain(xml)
+		if err != nil {
+			return err
+		}
+		nics = dom.Networks
+		return nil
+	})
+	return nics, err
+}
+
+// AddressSource is who says which addresses a guest has.
 type AddressSource string
 
-// In the order in which they are asked.
+// The sources of Addresses, the best first.
 const (
-	FromAgent AddressSource = "agent" // the guest agent
-	FromLease AddressSource = "lease" // DHCP, of libvirt's own networks
-	FromARP   AddressSource = "arp"   // the host's neighbour table
+	FromAgent AddressSource = "agent" // qemu-guest-agent, inside the guest
+	FromLease AddressSource = "lease" // DHCP servers of libvirt's own networks
+	FromARP   AddressSource = "arp"   // this host's neighbour table
 )
 
 var addressSources = []struct {
-	name   AddressSource
-	number libvirt.DomainInterfaceAddressesSource
+	name AddressSource
+	from libvirt.DomainInterfaceAddressesSource
 }{
 	{FromAgent, libvirt.DomainInterfaceAddressesSrcAgent},
 	{FromLease, libvirt.DomainInterfaceAddressesSrcLease},
@@ -98,79 +95,106 @@ var addressSources = []struct {
 }
 
 const (
-	// addressPatience is for each source: a guest agent may never answer.
-	addressPatience = 3 * time.Second
-	// maxAddresses is how many a guest may claim for an interface.
-	maxAddresses = 32
+	// addressTimeout is how long a source may take: a guest agent that is there
+	// and does not answer would block its call for as long as it likes.
+	addressTimeout = 3 * time.Second
+	// maxGuestAddresses of one interface are believed.
+	maxGuestAddresses = 64
 )
 
-// Addresses tells the addresses of each interface, by its MAC, as the first
-// source that knows any has them. Those of the guest agent are the guest's word.
-func (h *Host) Addresses(ctx context.Context, uuid string) (map[string][]netip.Prefix, map[string]AddressSource, error) {
-	all, from := map[string][]netip.Prefix{}, map[string]AddressSource{}
-	var errs []error
+// Addresses finds the IP addresses of a running guest, by the lower-case MAC
+// addresses of its interfaces; one whose addresses nobody knows is missing. Each
+// interface has the addresses of the first source that knows any; the source
+// that is returned is the last one that was needed, "" for none. The neighbour
+// table has no prefix lengths: its addresses are a /32 or /128.
+//
+// What the agent or the neighbour table say is the guest's word: a guest can name
+// addresses that are not its own.
+func (h *Host) Addresses(ctx context.Context, uuid string) (map[string][]netip.Prefix, AddressSource, error) {
+	nics, err := h.NICs(ctx, uuid)
+	if err != nil {
+		return nil, "", err
+	}
+	known := map[string][]netip.Prefix{}
+	var last AddressSource
+	var failed []error
 	for _, source := range addressSources {
-		list, err := h.interfaceAddresses(ctx, uuid, source.number)
-		if err != nil {
-			errs = append(errs, err)
+		missing := slices.DeleteFunc(slices.Clone(nics), func(n NIC) bool { return known[n.MAC] != nil })
+		if len(missing) == 0 {
+			break
+		}
+		reported, err := h.reportedAddresses(ctx, uuid, source.from)
+		switch {
+		case ctx.Err() != nil, errors.Is(err, ErrNoDomain):
+			return nil, "", err
+		case err != nil:
+			h.log.Debug("a source of addresses does not answer", "source", source.name, "domain", uuid, "error", err)
+			failed = append(failed, fmt.Errorf("from %s: %w", source.name, err))
 			continue
 		}
-		for mac, addrs := range list {
-			if _, known := all[mac]; !known && len(addrs) > 0 {
-				all[mac], from[mac] = addrs, source.name
+		found := usableAddresses(reported)
+		for _, n := range missing {
+			if list := found[n.MAC]; list != nil {
+				known[n.MAC], last = list, source.name
 			}
 		}
 	}
-	if len(errs) == len(addressSources) {
-		return nil, nil, errors.Join(errs...)
+	if len(failed) == len(addressSources) {
+		return nil, "", fmt.Errorf("addresses of domain %s: %w", uuid, errors.Join(failed...))
 	}
-	return all, from, nil
+	return known, last, nil
 }
 
-// interfaceAddresses asks one source, on a connection of its own: a call that
-// waits for a guest ends only with its connection.
-func (h *Host) interfaceAddresses(ctx context.Context, uuid string, source libvirt.DomainInterfaceAddressesSource) (map[string][]netip.Prefix, error) {
-	ctx, cancel := context.WithTimeout(ctx, addressPatience)
+// reportedAddresses asks one source, in bounded time.
+func (h *Host) reportedAddresses(ctx context.Context, uuid string, from libvirt.DomainInterfaceAddressesSource) ([]libvirt.DomainInterface, error) {
+	ctx, cancel := context.WithTimeout(ctx, addressTimeout)
 	defer cancel()
-	c, err := dial(ctx, h.socket)
-	if err != nil {
-		return nil, err
-	}
-	defer c.close()
 	var list []libvirt.DomainInterface
-	err = c.call(ctx, "read addresses", func(l *libvirt.Libvirt) error {
-		d, err := lookup(l, uuid)
-		if err == nil {
-			list, err = l.DomainInterfaceAddresses(d, uint32(source), 0)
-		}
+	err := h.onDomain(ctx, "interface addresses", uuid, func(l *libvirt.Libvirt, d libvirt.Domain) error {
+		var err error
+		list, err = l.DomainInterfaceAddresses(d, uint32(from), 0)
 		return err
 	})
-	if err != nil {
-		return nil, err
-	}
-	return usableAddresses(list), nil
+	return list, err
 }
 
-// usableAddresses leaves the addresses that others can reach.
-func usableAddresses(list []libvirt.DomainInterface) map[string][]netip.Prefix {
-	all := map[string][]netip.Prefix{}
-	for _, nic := range list {
-		if len(nic.Hwaddr) != 1 {
+// usableAddresses takes from a report what can be a guest's address on a network,
+// by lower-case MAC. Everything in it may be made up by the guest.
+func usableAddresses(reported []libvirt.DomainInterface) map[string][]netip.Prefix {
+	found := map[string][]netip.Prefix{}
+	for _, i := range reported {
+		if len(i.Hwaddr) != 1 {
 			continue
 		}
-		mac := strings.ToLower(nic.Hwaddr[0])
-		for _, a := range nic.Addrs {
-			addr, err := netip.ParseAddr(a.Addr)
-			addr = addr.WithZone("").Unmap()
-			switch {
-			case err != nil, addr.IsLoopback(), addr.IsUnspecified(), addr.IsMulticast(), addr.IsLinkLocalUnicast(), int(a.Prefix) > addr.BitLen():
+		mac := strings.ToLower(i.Hwaddr[0])
+		for _, a := range i.Addrs {
+			p, ok := usableAddress(a)
+			if !ok || len(found[mac]) == maxGuestAddresses {
 				continue
 			}
-			p := netip.PrefixFrom(addr, int(a.Prefix))
-			if len(all[mac]) < maxAddresses && !slices.Contains(all[mac], p) {
-				all[mac] = append(all[mac], p)
+			same := func(q netip.Prefix) bool { return q.Addr() == p.Addr() }
+			if !slices.ContainsFunc(found[mac], same) {
+				found[mac] = append(found[mac], p)
 			}
 		}
 	}
-	return all
+	return found
+}
+
+// usableAddress refuses what does not parse, and addresses that no other host
+// could send to.
+func usableAddress(a libvirt.DomainIPAddr) (netip.Prefix, bool) {
+	addr, err := netip.ParseAddr(a.Addr)
+	if err != nil || addr.Zone() != "" {
+		return netip.Prefix{}, false
+	}
+	addr = addr.Unmap()
+	thisNetwork := addr.Is4() && addr.As4()[0] == 0 // RFC 1122, section 3.2.1.3
+	if !addr.IsGlobalUnicast() || thisNetwork || a.Prefix > uint32(addr.BitLen()) {
+		return netip.Prefix{}, false
+	}
+	if a.Prefix == 0 {
+		return netip.PrefixFrom(addr, addr.BitLen()), true
+	}
+	return netip.PrefixFrom(addr, int(a.Prefix)), true
 }

@@ -104,11 +104,14 @@ func (s *source) guestNICs(ctx context.Context) ([]netredirect.NIC, []Finding, e
 			}
 		}
 		if len(nic.Addresses) == 0 {
+			nic.Addresses = s.Redirects.Known(s.dom.UUID, mac)
+		}
+		if len(nic.Addresses) == 0 {
 			for _, p := range known[mac] {
 				nic.Addresses = append(nic.Addresses, p.Addr())
 			}
 		}
-		if len(nic.Addresses) == 0 || from[mac] == hypervisor.FromARP && s.req.VMAddresses == nil {
+		if len(nic.Addresses) == 0 || len(known[mac]) > 0 && from == hypervisor.FromARP {
 			// The neighbour table has those only that the host has spoken with.
 			nic.Addresses = append(nic.Addresses, s.Redirects.Observed(ctx, nic)...)
 		}
@@ -272,7 +275,7 @@ func (e *Engine) offerRedirect(ctx context.Context, session *tunnel.Session, ask
 	return &offer, err
 }
 
-func nicsOf(list []hypervisor.Interface) []netredirect.NIC {
+func nicsOf(list []hypervisor.NIC) []netredirect.NIC {
 	var all []netredirect.NIC
 	for _, n := range list {
 		all = append(all, netredirect.NIC{MAC: strings.ToLower(n.MAC), Bridge: n.Bridge, Tap: n.Tap})

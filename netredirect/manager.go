@@ -273,7 +273,11 @@ func (m *Manager) removeLocked(x *redirect, why string) error {
 		// What is left stays in the journal, and is tried again at the next start.
 		return fmt.Errorf("undo the redirect of %q: %w", x.VM, err)
 	}
-	m.Log.Info("redirect removed", "move", x.Move, "vm", x.VM, "because", why)
+	level := slog.LevelInfo
+	if x.State == Opening { // one of several kinds that are tried
+		level = slog.LevelDebug
+	}
+	m.Log.Log(m.ctx, level, "redirect removed", "move", x.Move, "vm", x.VM, "kind", x.Kind, "because", why)
 	return m.journal.remove(x.Move)
 }
 

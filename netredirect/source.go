@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/wanmig/wanmig/netredirect/hostnet"
@@ -341,6 +342,24 @@ func (m *Manager) Preview(ask Ask, peer netip.Addr) []string {
 	plan := planSource(0, topPriority, device, nics)
 	plan.Tunnel = planTunnel(tunnelFacts{kind: kind, device: device, local: ask.Outer, remote: peer, mtu: tunnelMTU(kind, peer, 0)})
 	return plan.text()
+}
+
+// Known are the addresses of a VM's interface that an earlier redirect to this
+// host serves here.
+func (m *Manager) Known(uuid, mac string) []netip.Addr {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, x := range m.redirects {
+		if x.UUID != uuid || x.Role != Destination {
+			continue
+		}
+		for _, n := range x.NICs {
+			if strings.EqualFold(n.MAC, mac) {
+				return n.Addresses
+			}
+		}
+	}
+	return nil
 }
 
 // Observed are the addresses of a VM's interface that this host sees: those of
