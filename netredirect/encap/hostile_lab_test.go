@@ -4,6 +4,7 @@ package encap
 
 import (
 	"encoding/binary"
+	"fmt"
 	"net"
 	"net/netip"
 	"testing"
@@ -131,9 +132,7 @@ func TestPadding(t *testing.T) {
 	if err != nil || string(b[:n]) != "hello" {
 		t.Errorf("received %q, %v; stats %+v", b[:n], err, near.Stats())
 	}
-	if r := near.Stats().Received; r.Bytes != uint64(len(inner)) {
-		t.Errorf("counted %d bytes, want %d", r.Bytes, len(inner))
-	}
+	await(t, near, fmt.Sprintf("%d bytes", len(inner)), func(s Stats) bool { return s.Received.Bytes == uint64(len(inner)) })
 }
 
 // TestForeignPacketsAreNotSent routes what is not the VM's into the device.
@@ -193,9 +192,7 @@ func TestProbesPass(t *testing.T) {
 				t.Fatal(err)
 			}
 			await(t, near, "another port's packet dropped", func(s Stats) bool { return s.Drops.Foreign == 1 })
-			if s := far.Stats(); s.Received.Packets != 1 || s.Sent.Packets != 1 {
-				t.Errorf("%+v", s)
-			}
+			await(t, far, "one probe each way", func(s Stats) bool { return s.Received.Packets == 1 && s.Sent.Packets == 1 })
 		})
 	}
 }

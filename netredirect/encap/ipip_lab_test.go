@@ -160,9 +160,12 @@ func TestTwoTunnelsOfAHost(t *testing.T) {
 			if o.peer.Is6() {
 				other, vm = addr("fd09::3"), addr("fd02::3")
 			}
-			bits := other.BitLen()
-			p.peer.ip(fmt.Sprintf(`addr add %v/%d dev wan
-				addr add %v/%d dev lo`, other, bits, vm, bits))
+			family, prefix := "-4", "/32"
+			if o.peer.Is6() {
+				family, prefix = "-6", "/128 nodad"
+			}
+			p.peer.ip(fmt.Sprintf(`addr add dev wan %v%s
+				addr add dev lo %v%s`, other, prefix, vm, prefix))
 			c.Name, c.Remote, c.Gate = "wm1", other, NewGate()
 			c.Gate.Set(nil, []netip.Addr{vm})
 			second := p.source.open(c)
@@ -173,14 +176,13 @@ func TestTwoTunnelsOfAHost(t *testing.T) {
 			far.Gate.Set([]netip.Addr{vm}, nil)
 			p.peer.open(far)
 			p.peer.ip(fmt.Sprintf(`%[2]s rule add from %[1]v lookup 77
-				%[2]s route add default dev wm1 table 77`, vm, map[int]string{32: "-4", 128: "-6"}[bits]))
+				%[2]s route add default dev wm1 table 77`, vm, family))
 			p.client.command("ping", "-c", "3", "-i", "0.05", "-W", "5", vm4.String())
 			p.client.command("ping", "-c", "2", "-i", "0.05", "-W", "5", vm.String())
 			for tunnel, want := range map[*Tunnel]uint64{first: 3, second: 2} {
-				s := tunnel.Stats()
-				if s.Received.Packets != want || s.Sent.Packets != want || s.Drops != (Drops{}) {
-					t.Errorf("%s: %+v", tunnel.Name(), s)
-				}
+				await(t, tunnel, fmt.Sprintf("%d pings and nothing else at %s", want, tunnel.Name()), func(s Stats) bool {
+					return s.Received.Packets == want && s.Sent.Packets == want && s.Drops == (Drops{})
+				})
 			}
 			if err := second.Close(); err != nil {
 				t.Fatal(err)

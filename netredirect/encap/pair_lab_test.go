@@ -134,7 +134,7 @@ func transfer(t *testing.T, from *space, address string, size int64) {
 	}
 }
 
-// await waits until a tunnel's counters are as wanted.
+// await waits until a tunnel's counters are as wanted; a packet may arrive a little before it is counted.
 func await(t *testing.T, tunnel *Tunnel, want string, reached func(Stats) bool) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !reached(tunnel.Stats()); time.Sleep(time.Millisecond) {

@@ -101,7 +101,7 @@ func (t *Tunnel) start(c carrier) {
 // Name is the device's.
 func (t *Tunnel) Name() string { return t.name }
 
-// Stats returns the counters; they are exact, but not all of the same instant.
+// Stats returns the counters. A packet is counted when the kernel or the connection has taken it.
 func (t *Tunnel) Stats() Stats { return t.counters.read() }
 
 // SetMTU changes the longest inner packet, within the limits of Config.MTU. The kernel tells senders of longer ones.
