@@ -3,6 +3,7 @@
 package lab
 
 import (
+	"context"
 	"net/netip"
 	"os/exec"
 	"strings"
@@ -220,23 +221,33 @@ func filter(t *testing.T, l *Lab, rules string) {
 }
 
 func TestGuestAgentKnowsTheAddresses(t *testing.T) {
-	l := makeLab(t, DefaultLink())
+	l := makeLab(t, LinkSettings{Rate: 1e9, RTT: 10 * time.Millisecond})
 	v := createVM(t, l, VMOptions{Name: "web", GuestAgent: true, Memory: 256 << 20, Disks: []DiskOptions{{Size: 16 << 20, Format: "raw", Bus: "virtio"}}})
-	deadline := time.Now().Add(30 * time.Second)
-	for {
-		out, err := l.Sites[LocalDC].virsh(t.Context(), nil, "domifaddr", v.UUID, "--source", "agent")
-		text := string(out)
-		if err == nil && strings.Contains(text, v.MAC) && strings.Contains(text, v.Address.String()+"/24") && strings.Contains(text, v.LinkLocal.String()+"/64") {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the guest agent says %q, %v", text, err)
-		}
-		if err := pause(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-	}
+	awaitAgent(t, v, LocalDC)
 	if _, err := v.StartSSH(t.Context(), Users, v.Address); err == nil || !strings.Contains(err.Error(), "wanlab vm --ssh") {
 		t.Errorf("ssh to a guest without: %v", err)
+	}
+
+	if out, err := exec.Command("truncate", "-s", "16M", l.Sites[RemoteDC].Dir+v.Disks[0]).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	run(t, l, LocalDC, "virsh", "migrate", "--live", "--copy-storage-all", "--persistent", "--undefinesource", v.UUID, l.Sites[RemoteDC].LibvirtURI)
+	awaitAgent(t, v, RemoteDC)
+}
+
+// awaitAgent waits until libvirt has the guest's addresses from its agent.
+func awaitAgent(t *testing.T, v *VM, site string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for {
+		out, err := v.lab.Sites[site].virsh(ctx, nil, "domifaddr", v.UUID, "--source", "agent")
+		text := string(out)
+		if err == nil && strings.Contains(text, v.MAC) && strings.Contains(text, v.Address.String()+"/24") && strings.Contains(text, v.LinkLocal.String()+"/64") {
+			return
+		}
+		if pause(ctx) != nil {
+			t.Fatalf("the guest agent at %s says %q, %v", site, text, err)
+		}
 	}
 }

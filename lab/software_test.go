@@ -158,3 +158,15 @@ func TestSSHKeysBelongTogether(t *testing.T) {
 		t.Errorf("the private key is readable: %v, %v", info, err)
 	}
 }
+
+func TestOnlyTheGuestAgentHasAChannel(t *testing.T) {
+	for _, agent := range []bool{false, true} {
+		text, err := (&domain{Name: "web", GuestAgent: agent}).xml()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(text), "<target type='virtio' name='org.qemu.guest_agent.0'/>") != agent {
+			t.Errorf("with a guest agent %v:\n%s", agent, text)
+		}
+	}
+}
