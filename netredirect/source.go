@@ -165,7 +165,7 @@ const (
 	overhead6 = 40 // IPv6 (RFC 2473)
 )
 
-func (m *Manager) try(ctx context.Context, vm VM, peer Peer, ask Ask, offer Offer, kind Kind, call Caller) (x *redirect, err error) {
+func (m *Manager) try(ctx context.Context, vm VM, peer Peer, ask Ask, offer Offer, kind Kind, call Caller) (_ *redirect, err error) {
 	_, local, path, err := m.net.RouteTo(peer.Address)
 	if err != nil {
 		return nil, err
@@ -182,7 +182,8 @@ func (m *Manager) try(ctx context.Context, vm VM, peer Peer, ask Ask, offer Offe
 		nics = append(nics, hostNIC{NIC: n, bridgeMAC: b.MAC.String()})
 	}
 	r.setNICs(nics)
-	if x, err = m.open(ctx, r); err != nil {
+	made, err := m.open(ctx, r)
+	if err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -190,26 +191,26 @@ func (m *Manager) try(ctx context.Context, vm VM, peer Peer, ask Ask, offer Offe
 			clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 			defer cancel()
 			_ = call(clean, opEnd, endRequest{"the source could not open it"}, &struct{}{}) // the session's end says it too
-			x.Undo(err.Error())
+			made.Undo(err.Error())
 		}
 	}()
 	var opened openReply
 	if err := call(ctx, opOpen, openRequest{Kind: kind, Outer: local, MTU: mtu, Options: ask.Options, NICs: ask.NICs}, &opened); err != nil {
 		return nil, err
 	}
-	if err := m.fit(ctx, x, call); err != nil {
+	if err := m.fit(ctx, made, call); err != nil {
 		return nil, err
 	}
-	if err := m.arm(ctx, x); err != nil {
+	if err := m.arm(ctx, made); err != nil {
 		return nil, err
 	}
 	var armed armReply
 	if err := call(ctx, opArm, armRequest{}, &armed); err != nil {
 		return nil, err
 	}
-	x.change(func(r *record) { r.State, r.Mode, r.Mapped = Armed, armed.Mode, armed.Mapped })
-	m.Log.Info("redirect ready", "move", x.Move, "vm", x.VM, "to", peer.Site, "kind", kind, "mtu", x.MTU)
-	return x, nil
+	made.change(func(r *record) { r.State, r.Mode, r.Mapped = Armed, armed.Mode, armed.Mapped })
+	m.Log.Info("redirect ready", "move", made.Move, "vm", made.VM, "to", peer.Site, "kind", kind, "mtu", made.MTU)
+	return made, nil
 }
 
 // tunnelMTU is the longest packet inside a tunnel over a path.
