@@ -127,13 +127,13 @@ func mappingTable(d destinationNeeds) *hostnet.Table {
 		}
 	}
 	to := func(a, to netip.Addr, ip string) { b.rule(`%s daddr %s dnat %s to %s`, ip, to, ip, a) }
-	b.chain("arriving", "nat hook prerouting priority dstnat")
+	b.chain("arriving", "nat hook prerouting priority -100")
 	each(to)
 	b.end()
-	b.chain("from_this_host", "nat hook output priority dstnat")
+	b.chain("from_this_host", "nat hook output priority -100")
 	each(to)
 	b.end()
-	b.chain("leaving", "nat hook postrouting priority srcnat")
+	b.chain("leaving", "nat hook postrouting priority 100")
 	each(func(a, to netip.Addr, ip string) {
 		b.rule(`%s saddr %s oifname != "%s" ct mark & %s != %s snat %s to %s`, ip, a, d.device, hex32(markMask), hex32(markOf(d.slot)), ip, to)
 	})
