@@ -3,7 +3,6 @@
 package routes
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -41,7 +40,6 @@ type router struct {
 	dir  string
 	cmd  *exec.Cmd
 	done chan struct{}
-	log  bytes.Buffer
 }
 
 func newCable(t *testing.T) *cable {
@@ -67,7 +65,12 @@ func (c *cable) start(protocols string) *router {
 	r.configure(c, protocols)
 	r.cmd = again(roleBIRD, "-c", r.file("conf"), "-s", r.file("ctl"))
 	r.cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWNET
-	r.cmd.Stderr = &r.log
+	log, err := os.Create(r.file("log"))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer log.Close()
+	r.cmd.Stderr = log
 	if err := r.cmd.Start(); err != nil {
 		c.t.Fatal(err)
 	}
@@ -78,7 +81,7 @@ func (c *cable) start(protocols string) *router {
 	c.t.Cleanup(func() {
 		r.kill()
 		if c.t.Failed() {
-			c.t.Logf("BIRD:\n%s", r.log.String())
+			c.t.Logf("BIRD:\n%s", r.log())
 		}
 	})
 	eventually(c.t, "BIRD answers", func() error {
@@ -91,6 +94,15 @@ func (c *cable) start(protocols string) *router {
 }
 
 func (r *router) file(name string) string { return filepath.Join(r.dir, name) }
+
+func (r *router) log() string {
+	r.t.Helper()
+	text, err := os.ReadFile(r.file("log"))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return string(text)
+}
 
 func (r *router) configure(c *cable, protocols string) {
 	c.t.Helper()
