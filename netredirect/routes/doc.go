@@ -42,5 +42,6 @@
 // The BGP library keeps everything that a peer sends before any policy looks
 // at it. A peer that sends more prefixes of a family than Peer.MaxPrefixes
 // therefore loses its session (Cease, RFC 4486), and is tried again after a
-// minute: its operator filters what it sends to this host.
+// minute: its operator filters what it sends to this host. A prefix takes about
+// 1 KiB.
 package routes

@@ -268,8 +268,12 @@ func TestNothingIsPassedOn(t *testing.T) {
 			t.Errorf("peer: %+v", p)
 		}
 	}
-	// The first session has come to its End-of-RIB, or vm4 and foreign would
-	// have arrived with it.
+	// What is sent to a router arrives in order: nothing is on its way any more.
+	last := netip.MustParsePrefix("192.0.2.99/32")
+	if err := s.Announce(ctx, []netip.Prefix{last}); err != nil {
+		t.Fatal(err)
+	}
+	rb.has(last)
 	rb.lacks(foreign)
 	ra.lacks(vm4)
 	if out := ra.birdc("show protocols all host4"); !strings.Contains(out, "Routes:         0 imported") {

@@ -26,7 +26,8 @@ var ErrNoPeer = errors.New("no BGP peer takes it")
 var ErrClosed = errors.New("BGP speaker is closed")
 
 // Speaker is one end of BGP sessions. Its sockets belong to the network
-// namespace of the process. Its methods may be called by several goroutines.
+// namespace of the process. Its methods may be called by several goroutines; but
+// a process has one Speaker at a time, since the library has global variables.
 type Speaker struct {
 	config   Config
 	log      *slog.Logger
