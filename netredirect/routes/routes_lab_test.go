@@ -170,7 +170,7 @@ func TestSeen(t *testing.T) {
 		path []uint32
 	}{{
 		name: "eBGP",
-		bird: ebgp4 + "protocol bgp host3 { local R4 as 65001; neighbor S4 as 65020; graceful restart; " + channels + " }\n",
+		bird: ebgp4 + "protocol bgp host3 { local R4 as 65001; neighbor S4 as 65020; " + mayRestart + channels + " }\n",
 		asns: [3]uint32{65001, 65010, 65020},
 		path: []uint32{65001, 65010},
 	}, {
