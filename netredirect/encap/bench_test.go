@@ -5,14 +5,12 @@ package encap
 import (
 	"encoding/json"
 	"net/netip"
-	"os"
-	"runtime/pprof"
 	"testing"
 	"time"
 )
 
 // TestThroughput measures TCP of a client through a tunnel of ours and, beside it, through the same hosts by plain
-// forwarding:
+// forwarding, which hands whole 64 KiB from host to host since nothing between them is a network card:
 //
 //	client --- source ===== destination --- vm
 func TestThroughput(t *testing.T) {
@@ -44,17 +42,6 @@ func TestThroughput(t *testing.T) {
 
 	plain4 := measure(t, client, "10.2.0.2")
 	plain6 := measure(t, client, "fd02::2")
-	if path := os.Getenv("ENCAP_PROFILE"); path != "" {
-		f, err := os.Create(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		if err := pprof.StartCPUProfile(f); err != nil {
-			t.Fatal(err)
-		}
-		defer pprof.StopCPUProfile()
-	}
 	for _, outer := range []struct {
 		name          string
 		local, remote string
@@ -80,10 +67,10 @@ func TestThroughput(t *testing.T) {
 		if inner4 < 500 || inner6 < 500 {
 			t.Errorf("outer %s: less than 500 Mbit/s", outer.name)
 		}
-		t.Logf("source %+v", one.Stats())
-		t.Logf("destination %+v", two.Stats())
-		if one.Stats().Sent.Bytes == 0 {
-			t.Error("nothing went through the tunnel")
+		for _, tunnel := range []*Tunnel{one, two} {
+			if s := tunnel.Stats(); s.Sent.Bytes == 0 || s.Received.Bytes == 0 || s.Drops != (Drops{}) {
+				t.Errorf("%+v", s)
+			}
 		}
 		for _, tunnel := range []*Tunnel{one, two} {
 			if err := tunnel.Close(); err != nil {
@@ -93,13 +80,25 @@ func TestThroughput(t *testing.T) {
 	}
 }
 
-// measure returns the Mbit/s of one TCP connection to the VM.
+// measure returns the Mbit/s of one TCP connection to the VM, the best of three: others may use the machine.
 func measure(t *testing.T, client *space, to string) float64 {
+	t.Helper()
+	best := 0.0
+	for range 3 {
+		best = max(best, measureOnce(t, client, to))
+	}
+	if best == 0 {
+		t.Fatalf("nothing reached %s", to)
+	}
+	return best
+}
+
+func measureOnce(t *testing.T, client *space, to string) float64 {
 	t.Helper()
 	var out string
 	var err error
 	for range 50 { // until the server listens
-		if out, err = client.try("iperf3", "-c", to, "-t", "3", "-J"); err == nil {
+		if out, err = client.try("iperf3", "-c", to, "-t", "2", "-J"); err == nil {
 			break
 		}
 		time.Sleep(100 * time.Millisecond)

@@ -80,7 +80,7 @@ func (d *device) setUp(name string, mtu int) error {
 	if d.link, err = d.links.LinkByName(name); err != nil {
 		return fmt.Errorf("find device %s: %w", name, err)
 	}
-	// With an address of its own the device would solicit routers, and the gate would count that as foreign.
+	// An address of the device's own would only be one more that packets may come from.
 	const addrGenModeNone = 1 // IN6_ADDR_GEN_MODE_NONE, linux/if_link.h
 	err = d.links.LinkSetIP6AddrGenMode(d.link, addrGenModeNone)
 	if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) { // a kernel without IPv6

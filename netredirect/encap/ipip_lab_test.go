@@ -85,6 +85,9 @@ func TestCloseRemovesTheDevice(t *testing.T) {
 		if end.Tunnel.Name() != "wm0" {
 			t.Errorf("name %q", end.Tunnel.Name())
 		}
+		if out := end.space.command("ip", "-o", "addr", "show", "dev", "wm0"); out != "" {
+			t.Errorf("the device has an address of its own:\n%s", out)
+		}
 		for range 2 {
 			if err := end.Tunnel.Close(); err != nil {
 				t.Error(err)
