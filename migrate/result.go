@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/wanmig/wanmig/handoff"
+	"github.com/wanmig/wanmig/netredirect"
 )
 
 // refused is the error of a move that the checks stopped.
@@ -43,6 +44,11 @@ func (s *source) end(err error) {
 // summarise makes the result of the move from its status.
 func (s *source) summarise(err error) {
 	var stop refused
+	var plan *RedirectPlan
+	if s.req.DryRun {
+		plan = s.redirectPlan()
+	}
+	redirected, problems := s.redirected()
 	s.move.update(func(st *Status) {
 		r := Result{Move: st.Move, VM: st.VM, To: st.Peer, TotalMS: time.Since(st.Started).Milliseconds()}
 		switch {
@@ -78,11 +84,64 @@ func (s *source) summarise(err error) {
 		if r.Result == "refused" || r.Result == "checked" {
 			r.Findings = st.Findings
 		}
+		if r.Result == "checked" {
+			r.Redirect = plan
+		}
 		if st.Phase == PhaseDone {
+			r.Redirected = redirected
+			r.Notices = append(r.Notices, problems...)
 			r.Notices = append(r.Notices, s.leftBehind()...)
 		}
 		st.Result = &r
 	})
+}
+
+// redirected is the redirect that stands after the move, if any, and what is
+// wrong with it.
+func (s *source) redirected() (*Redirected, []string) {
+	x, ok := s.Redirects.Find(s.entry.Move)
+	if !ok {
+		return nil, nil
+	}
+	st := x.Status()
+	var problems []string
+	for _, p := range st.Problems {
+		problems = append(problems, "redirect: "+p)
+	}
+	return &Redirected{Kind: st.Kind, Device: st.Device, Mode: st.Mode, Mapped: st.Mapped, Until: st.Deadline}, problems
+}
+
+// redirectPlan is what a redirect would change at both hosts; nil if nothing.
+func (s *source) redirectPlan() *RedirectPlan {
+	ask, offer := s.redirect.ask, s.redirect.offer
+	if s.session == nil || len(ask.NICs) == 0 || len(offer.Steps) == 0 {
+		return nil
+	}
+	peer, err := addrOf(s.session.RemoteAddr())
+	if err != nil {
+		return nil // Ask has told
+	}
+	p := &RedirectPlan{Mode: offer.Mode, Mapped: offer.Mapped, Destination: bounded(offer.Steps)}
+	for _, k := range ask.Kinds {
+		if slices.Contains(offer.Kinds, k) && (k == netredirect.QUIC || !offer.NAT) {
+			p.Kinds = append(p.Kinds, k)
+		}
+	}
+	ask.Kinds = p.Kinds
+	p.Source = s.Redirects.Preview(ask, peer)
+	return p
+}
+
+// bounded leaves as many of a peer's texts as a status can carry.
+func bounded(texts []string) []string {
+	const most = 256 << 10 // bytes
+	n := 0
+	for i, t := range texts {
+		if n += len(t); n > most {
+			return texts[:i]
+		}
+	}
+	return texts
 }
 
 // leftBehind tells where the source's disks are that stay.

@@ -140,7 +140,18 @@ type Result struct {
 	MemoryRounds      int       `json:"memory_rounds"`
 	Notices           []string  `json:"notices,omitempty"`
 	Findings          []Finding `json:"findings,omitempty"`
-	// Redirect tells how connections go on; nil where they do not.
+	// Redirect tells what a redirect would change, of a move that was only checked.
 	Redirect *RedirectPlan `json:"redirect,omitempty"`
-	Error    string        `json:"error"` // empty when the move did what was asked
+	// Redirected tells how connections go on after the move; nil where they do not.
+	Redirected *Redirected `json:"redirected,omitempty"`
+	Error      string      `json:"error"` // empty when the move did what was asked
+}
+
+// Redirected is the tunnel that a guest's packets take after its move.
+type Redirected struct {
+	Kind   netredirect.Kind          `json:"kind"`
+	Device string                    `json:"device"`
+	Mode   netredirect.Mode          `json:"mode"`
+	Mapped map[netip.Addr]netip.Addr `json:"mapped,omitempty"` // the guest's addresses and its new ones
+	Until  *time.Time                `json:"until,omitempty"`  // it stays no longer than that
 }

@@ -36,7 +36,17 @@ func newListCommand(client newClient) *cobra.Command {
 				fmt.Fprintf(w, "%s\t%s\t%s %s\t%s\t%s\t%s\n", printable(m.Move), name(m.VM), toOrFrom(m), name(m.Peer),
 					state(m), m.Started.Local().Format(time.DateTime), span(elapsed(m, time.Now())))
 			}
-			return w.Flush()
+			if err := w.Flush(); err != nil {
+				return err
+			}
+			redirects, err := client().Redirects(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if len(redirects) > 0 {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s here; `wanmig redirect` shows who still uses them.\n", count(len(redirects), "redirect"))
+			}
+			return nil
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object per move, one a line")

@@ -24,7 +24,8 @@ const (
 
 const exitCodes = `Exit codes:
   0    done
-  1    the move failed and the guest runs at the source; a check found a problem
+  1    the move failed and the guest runs at the source; a check found a problem;
+       a tunnel was cut at one end only
   2    refused before anything was touched: wrong usage, a failed check, no agent
   3    the move's outcome is not known: in doubt, or the agent stopped answering
   130  detached by Ctrl-C or a signal: the move goes on`
@@ -98,6 +99,7 @@ it over a unix socket.
 		newStatusCommand(client),
 		newListCommand(client),
 		newCancelCommand(client),
+		newRedirectCommand(client),
 		newVersionCommand(),
 	)
 	return root

@@ -6,9 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"os/signal"
-	"strings"
 	"syscall"
 	"time"
 
@@ -26,7 +26,7 @@ const (
 )
 
 func newMoveCommand(client newClient) *cobra.Command {
-	req := migrate.Request{Networks: map[string]string{}, Storage: map[string]string{}}
+	req := migrate.Request{Networks: map[string]string{}, Storage: map[string]string{}, VMAddresses: map[string][]netip.Addr{}}
 	var asJSON, detach bool
 	cmd := &cobra.Command{
 		Use:   "move VM --to SITE",
@@ -44,11 +44,15 @@ or unknown.
 ` + exitCodes,
 		Example: `  wanmig move web --to remote-dc --dry-run
   wanmig move web --to remote-dc
-  wanmig move web --to remote-dc --network br0=br-public --storage vdb=/srv/images`,
+  wanmig move web --to remote-dc --network br0=br-public --storage vdb=/srv/images
+  wanmig move web --to remote-dc --addresses new --dns-name www.example.org --lower-ttl`,
 		Args: need("VM"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if req.To == "" {
 				return errors.New("--to SITE is missing: `wanmig site list` shows the sites")
+			}
+			if err := checkConnectionFlags(cmd, req); err != nil {
+				return err
 			}
 			req.VM = args[0]
 			result, err := move(cmd, client(), req, detach, asJSON)
@@ -73,6 +77,7 @@ or unknown.
 	f.BoolVar(&req.KeepSource, "keep-source", false, "keep the disks at the source")
 	f.BoolVar(&req.Paused, "paused", false, "leave the guest paused at the destination")
 	f.BoolVar(&req.CopyCDROM, "copy-cdrom", false, "carry read-only CD-ROMs along instead of ejecting them")
+	connectionFlags(cmd, &req)
 	cmd.MarkFlagsMutuallyExclusive("detach", "dry-run")
 	return cmd
 }
@@ -173,21 +178,3 @@ func newFollower(cmd *cobra.Command, client *agent.Client, asJSON bool) *followe
 	}
 	return f
 }
-
-// mapping is the value of a repeatable flag SRC=DST.
-type mapping map[string]string
-
-func (m mapping) Set(s string) error {
-	src, dst, ok := strings.Cut(s, "=")
-	if !ok || src == "" || dst == "" {
-		return errors.New("want SRC=DST")
-	}
-	if before, twice := m[src]; twice && before != dst {
-		return fmt.Errorf("%s is mapped to %s already", src, before)
-	}
-	m[src] = dst
-	return nil
-}
-
-func (m mapping) Type() string   { return "SRC=DST" }
-func (m mapping) String() string { return "" }

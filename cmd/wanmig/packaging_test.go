@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"reflect"
 	"testing"
 
 	"github.com/wanmig/wanmig/agent"
@@ -28,7 +29,7 @@ func TestPackagedConfig(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := load(packaged), load(nil); got != want {
+	if got, want := load(packaged), load(nil); !reflect.DeepEqual(got, want) {
 		t.Errorf("the packaged configuration is %+v, the defaults are %+v", got, want)
 	}
 	if c := load(bytes.Replace(packaged, []byte("\n#site:"), []byte("\nsite:"), 1)); c.Site != "north" {

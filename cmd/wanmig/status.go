@@ -32,6 +32,10 @@ func newStatusCommand(client newClient) *cobra.Command {
 			if asJSON {
 				return printJSON(cmd, moves)
 			}
+			redirects, err := client().Redirects(cmd.Context())
+			if err != nil {
+				return err
+			}
 			if len(moves) == 0 {
 				fmt.Fprintln(cmd.OutOrStdout(), "No moves yet.")
 			}
@@ -40,6 +44,11 @@ func newStatusCommand(client newClient) *cobra.Command {
 					fmt.Fprintln(cmd.OutOrStdout())
 				}
 				fmt.Fprint(cmd.OutOrStdout(), describe(m, time.Now()))
+				for _, r := range redirects {
+					if r.Move == m.Move {
+						fmt.Fprintf(cmd.OutOrStdout(), "  %-10s %s\n", "redirect", standing(r))
+					}
+				}
 			}
 			return nil
 		},

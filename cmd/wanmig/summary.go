@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -14,7 +15,9 @@ func describe(m migrate.Status, now time.Time) string {
 	fmt.Fprintf(&b, "move %s: %s %s %s, %s\n", printable(m.Move), name(m.VM), toOrFrom(m), name(m.Peer),
 		join(", ", state(m), clock(elapsed(m, now)), left(m)))
 	if m.Result != nil {
-		b.WriteString(summary(*m.Result))
+		ended := *m.Result
+		ended.Redirected = nil // as it was then
+		b.WriteString(summary(ended))
 		if m.Result.Error != "" {
 			fmt.Fprintf(&b, "  error      %s\n", oneLine(m.Result.Error))
 		}
@@ -74,13 +77,26 @@ func summary(r migrate.Result) string {
 		line("received", size(int64(r.WireBytesReceived)))
 		line("memory", unless(r.MemoryRounds == 0, count(r.MemoryRounds, "round")))
 	}
-	if len(r.Findings) > 0 {
-		// They say what the notices do, and more.
-		b.WriteString(findings(r.Findings))
-		return b.String()
+	var mapped map[netip.Addr]netip.Addr
+	if r.Redirected != nil {
+		line("redirect", goesOn(*r.Redirected, to, r.Move))
+		mapped = r.Redirected.Mapped
 	}
-	for _, n := range r.Notices {
-		line("notice", oneLine(n))
+	if r.Redirect != nil {
+		line("redirect", plannedRedirect(*r.Redirect, to))
+		mapped = r.Redirect.Mapped
+	}
+	for _, m := range mappings(mapped) {
+		line("new", m)
+	}
+	b.WriteString(findings(r.Findings))
+	if len(r.Findings) == 0 { // they say what the notices do, and more
+		for _, n := range r.Notices {
+			line("notice", oneLine(n))
+		}
+	}
+	if r.Redirect != nil {
+		b.WriteString(listSteps("would be typed here", r.Redirect.Source) + listSteps("would be typed at "+to, r.Redirect.Destination))
 	}
 	return b.String()
 }

@@ -114,6 +114,42 @@ func TestCtrlCAsks(t *testing.T) {
 	})
 }
 
+// TestCutAsks cuts a tunnel that is in use, on a terminal.
+func TestCutAsks(t *testing.T) {
+	const question = "Cut the tunnel? 12 connections of web will break. [y/n] "
+	var flows []string
+	for i := range 12 {
+		flows = append(flows, fmt.Sprintf(`{"proto":"tcp","from":"203.0.113.5:%d","to":"192.0.2.10:22","bytes":60}`, 40000+i))
+	}
+	text := `POST /v1/redirects/web/cut 409
+{"error":"12 connections use the tunnel, and would break: --force cuts them"}
+
+POST /v1/redirects/web/cut 204
+
+GET /v1/redirects/web 200
+{"move":"m1","vm":"web","state":"standing","flows":[` + strings.Join(flows, ",") + "]}"
+
+	t.Run("yes", func(t *testing.T) {
+		_, socket := serveCanned(t, text)
+		term := inTerminal(t, command(socket, "redirect", "cut", "web"))
+		term.waitFor(t, "tcp 203.0.113.5:40009 -> 192.0.2.10:22, 60 B\r\n  and 2 more\r\n"+question)
+		term.keys("y\n")
+		wantExit(t, term.cmd, exitDone)
+		term.waitFor(t, "The tunnel of web is removed.")
+	})
+
+	for what, keys := range map[string]string{"no": "n\n", "nothing": "\n", "what": "yesterday\n", "end": "\x04"} {
+		t.Run(what, func(t *testing.T) {
+			_, socket := serveCanned(t, text)
+			term := inTerminal(t, command(socket, "redirect", "cut", "web"))
+			term.waitFor(t, question)
+			term.keys(keys)
+			wantExit(t, term.cmd, exitRefused)
+			term.waitFor(t, "wanmig: nothing was cut")
+		})
+	}
+}
+
 // TestSmallTerminal runs the command in a terminal without a size, as a serial
 // console may be: lines take the place of bars.
 func TestSmallTerminal(t *testing.T) {
