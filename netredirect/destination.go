@@ -101,7 +101,7 @@ func (m *Manager) place(there, here []NIC) ([]hostNIC, error) {
 			return nil, fmt.Errorf("the VM has no interface %s here", t.MAC)
 		}
 		n := here[i]
-		n.Addresses, n.Gateways = t.Addresses, t.Gateways
+		n.Addresses, n.Gateways, n.Served = t.Addresses, t.Gateways, t.Served
 		b, err := m.bridge(n)
 		if err != nil {
 			return nil, err

@@ -117,6 +117,34 @@ func (x *redirect) tellGateways() error {
 	return errors.Join(errs...)
 }
 
+// tellNeighbours corrects the entries of a VM that has come home: it was told at
+// the other host that everybody is at the bridge there.
+func (x *redirect) tellNeighbours() error {
+	var errs []error
+	for _, n := range x.hostNICs() {
+		if !n.home || n.Served == "" {
+			continue
+		}
+		known, err := x.m.net.Neighbours(n.Bridge)
+		if err != nil {
+			return err
+		}
+		bridge, err := x.m.net.Bridge(n.Bridge)
+		if err != nil {
+			return err
+		}
+		for _, p := range bridge.Prefixes {
+			known[p.Addr()] = bridge.MAC
+		}
+		for a, mac := range known {
+			if !slices.Contains(n.Addresses, a) && validateAddress(a) == nil {
+				errs = append(errs, neighbour.AnnounceOnce(n.Tap, mac, []netip.Addr{a}))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // announce tells the networks of the VM's NICs where its addresses are.
 func (x *redirect) announce(at func(hostNIC) string) {
 	for _, n := range x.hostNICs() {
@@ -163,7 +191,7 @@ func (x *redirect) Resuming() {
 		return
 	}
 	_, err := x.m.net.ApplyAll(x.m.ctx, x.Plan.Switch)
-	if err = errors.Join(err, x.tellGateways()); err != nil {
+	if err = errors.Join(err, x.tellGateways(), x.tellNeighbours()); err != nil {
 		x.problem("switching", err)
 		x.m.Log.Error("redirect not whole", "move", x.Move, "error", err)
 	}

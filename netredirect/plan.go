@@ -139,6 +139,9 @@ func planDestination(d destinationNeeds) Plan {
 		p.Arm = append(p.Arm, hostnet.Step{Route: &hostnet.Route{Table: table, Dst: family, Dev: d.device}})
 	}
 	p.Arm = append(p.Arm, hostnet.Step{Table: destinationTable(d)})
+	if table := returnTable(d.slot, d.nics); table != nil {
+		p.Arm = append(p.Arm, hostnet.Step{Table: table})
+	}
 	if foreign := foreignNICs(d.nics); len(foreign) > 0 {
 		p.Stay = append(p.Stay, hostnet.Step{Table: guestTable(d.slot, foreign)})
 	}

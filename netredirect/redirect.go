@@ -70,6 +70,9 @@ type NIC struct {
 	// Gateways are the source host's own addresses on the bridge: often the VM's
 	// gateway, whose entry in the VM's neighbour table is corrected at its resume.
 	Gateways []netip.Addr `json:"gateways,omitempty"`
+	// Served is the MAC that the source host has answered the VM with for all of
+	// its neighbours, where it was foreign there.
+	Served string `json:"served,omitempty"`
 }
 
 // Limits of what a peer may ask for.
@@ -87,6 +90,11 @@ func validateNICs(nics []NIC) error {
 	for _, nic := range nics {
 		if _, err := parseMAC(nic.MAC); err != nil {
 			return err
+		}
+		if nic.Served != "" {
+			if _, err := parseMAC(nic.Served); err != nil {
+				return err
+			}
 		}
 		n += len(nic.Addresses)
 		if n > maxAddresses || len(nic.Gateways) > maxAddresses {

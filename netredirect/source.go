@@ -61,6 +61,7 @@ func (m *Manager) Ask(o Options, nics []NIC, peer netip.Addr) (Ask, []Finding) {
 				n.Gateways = append(n.Gateways, p.Addr())
 			}
 		}
+		n.Served = m.served(n.MAC)
 		ask.NICs = append(ask.NICs, n)
 	}
 	return ask, append(findings, m.hostFindings()...)
@@ -343,6 +344,24 @@ func (m *Manager) Preview(ask Ask, peer netip.Addr) []string {
 	plan := planSource(0, topPriority, device, nics)
 	plan.Tunnel = planTunnel(tunnelFacts{kind: kind, device: device, local: ask.Outer, remote: peer, mtu: tunnelMTU(kind, peer, 0)})
 	return plan.text()
+}
+
+// served is the MAC at which a VM that is foreign here finds all of its
+// neighbours, or "".
+func (m *Manager) served(mac string) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, x := range m.redirects {
+		if x.Role != Destination {
+			continue
+		}
+		for _, n := range x.NICs {
+			if strings.EqualFold(n.MAC, mac) && !n.Home {
+				return n.BridgeMAC
+			}
+		}
+	}
+	return ""
 }
 
 // Known are the addresses of a VM's interface that an earlier redirect to this

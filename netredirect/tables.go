@@ -116,6 +116,25 @@ func guestTable(slot int, nics []hostNIC) *hostnet.Table {
 	return b.table("bridge", fmt.Sprintf("wanmig_g%d", slot))
 }
 
+// returnTable takes what a VM that has come home still sends to where it was
+// served before, until it has learned its neighbours again.
+func returnTable(slot int, nics []hostNIC) *hostnet.Table {
+	var b body
+	rules := 0
+	b.chain("turn", "filter hook prerouting priority -300")
+	for _, n := range nics {
+		if n.home && n.Served != "" {
+			b.rule(`iifname "%s" ether type { ip, ip6 } ether daddr %s ether daddr set %s meta pkttype set host`, n.Tap, n.Served, n.bridgeMAC)
+			rules++
+		}
+	}
+	b.end()
+	if rules == 0 {
+		return nil
+	}
+	return b.table("bridge", fmt.Sprintf("wanmig_h%d", slot))
+}
+
 // mappingTable maps each new address to the VM's own, both ways.
 func mappingTable(d destinationNeeds) *hostnet.Table {
 	var b body

@@ -35,6 +35,11 @@ type world struct {
 // newWorld makes a lab and removes it, with everything in it, after the test.
 func newWorld(t *testing.T, rate, rtt string) *world {
 	t.Helper()
+	return newWorldWith(t, lab.Options{}, rate, rtt)
+}
+
+func newWorldWith(t *testing.T, o lab.Options, rate, rtt string) *world {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Fatal("lab tests make network namespaces: run them as root")
 	}
@@ -50,7 +55,8 @@ func newWorld(t *testing.T, rate, rtt string) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := lab.Up(t.Context(), lab.Options{Dir: dir, Link: link, Wanmig: program(t, "wanmig")})
+	o.Dir, o.Link, o.Wanmig = dir, link, program(t, "wanmig")
+	l, err := lab.Up(t.Context(), o)
 	if err != nil {
 		os.RemoveAll(dir)
 		t.Fatal(err)
