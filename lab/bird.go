@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"text/template"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -28,8 +29,16 @@ func (s *Site) birdConfig() string { return filepath.Join(s.Dir, "etc/bird/bird.
 // there by itself.
 func (s *Site) BirdSocket() string { return filepath.Join(s.Dir, "run/bird/bird.ctl") }
 
-// birdTimers let a lost session be noticed, and a new one begin, within seconds.
-const birdTimers = `template bgp session {
+// birdHead is what all routers have. Its timers let a lost session be noticed,
+// and a new one begin, within seconds; guests4 and guests6 are true for the host
+// routes of guests.
+const birdHead = `router id {{.ID}};
+log stderr all;
+protocol device { scan time 2; }
+{{range .Families}}
+function guests{{.Version}}() { return net ~ [ {{.Guests}} ]; }
+{{end}}
+template bgp session {
 	hold time 9;
 	keepalive time 3;
 	connect delay time 1;
@@ -39,124 +48,124 @@ const birdTimers = `template bgp session {
 }
 `
 
-// birdHead is what all routers have. guests4 and guests6 are true for the host
-// routes of guests.
-func (l *Lab) birdHead(id netip.Addr) string {
-	var nets4, nets6 []string
-	for _, name := range l.DataCentres() {
-		dc := l.Sites[name]
-		nets4 = append(nets4, dc.BridgeAddr.Masked().String()+"{32,32}")
-		nets6 = append(nets6, dc.BridgeAddr6.Masked().String()+"{128,128}")
-	}
-	return fmt.Sprintf(`router id %s;
-log stderr all;
-protocol device { scan time 2; }
-function guests4() { return net ~ [ %s ]; }
-function guests6() { return net ~ [ %s ]; }
-%s`, id, strings.Join(nets4, ", "), strings.Join(nets6, ", "), birdTimers)
+// dcBird is the rest of a data centre's router.
+const dcBird = `{{$dc := .}}{{range .Families}}
+protocol static bridge{{.Version}} {
+	ipv{{.Version}};
+	route {{.Bridge}} via "{{$dc.Bridge}}";
 }
+protocol kernel kernel{{.Version}} {
+	ipv{{.Version}} { import none; export where source = RTS_BGP; };
+}
+protocol bgp users{{.Version}} from session {
+	local {{.DC}} as {{$dc.Uplink.ASN}};
+	neighbor {{.Users}} as {{$dc.UsersASN}};
+	ipv{{.Version}} {
+		import where net = {{.Loopback}} || guests{{.Version}}();
+		export where source = RTS_STATIC;
+	};
+}
+{{end}}`
 
-// dcBird is the configuration of a data centre's router.
-func (l *Lab) dcBird(dc *Site) string {
-	u := l.uplink(dc)
-	text := l.birdHead(u.DC.Addr())
-	for _, family := range []struct {
-		version                string
-		bridge, own, dc, users netip.Prefix
-	}{
-		{"4", dc.BridgeAddr, usersLoopback, u.DC, u.Users},
-		{"6", dc.BridgeAddr6, usersLoopback6, u.DC6, u.Users6},
-	} {
-		text += strings.NewReplacer("VERSION", family.version, "BRIDGE", family.bridge.Masked().String(), "DEVICE", dc.Bridge,
-			"OWN", family.own.String(), "LOCAL", family.dc.Addr().String(), "PEER", family.users.Addr().String()).Replace(`
-protocol static bridgeVERSION {
-	ipvVERSION;
-	route BRIDGE via "DEVICE";
+// usersBird is the rest of the users' router. What is connected has its route
+// already. A data centre is not told what its own agent announced: the next hop
+// would be itself.
+const usersBird = `{{range .Families}}
+protocol static loopback{{.Version}} {
+	ipv{{.Version}};
+	route {{.Loopback}} via "lo";
 }
-protocol kernel kernelVERSION {
-	ipvVERSION { import none; export where source = RTS_BGP; };
-}
-protocol bgp usersVERSION from session {
-	local LOCAL as ` + fmt.Sprint(u.ASN) + `;
-	neighbor PEER as ` + fmt.Sprint(usersASN) + `;
-	ipvVERSION { import where net = OWN || guestsVERSION(); export where source = RTS_STATIC; };
-}
-`)
-	}
-	return text
-}
-
-// usersBird is the configuration of the users' router. A data centre is not
-// told what its own agent announced: the next hop would be itself.
-func (l *Lab) usersBird() string {
-	text := l.birdHead(usersLoopback.Addr())
-	local := l.Sites[LocalDC]
-	for _, family := range []struct {
-		version        string
-		own, connected netip.Prefix
-	}{
-		{"4", usersLoopback, local.BridgeAddr},
-		{"6", usersLoopback6, local.BridgeAddr6},
-	} {
-		text += strings.NewReplacer("VERSION", family.version, "OWN", family.own.String(), "ADDRESS", family.own.Addr().String(),
-			"CONNECTED", family.connected.Masked().String()).Replace(`
-protocol static loopbackVERSION {
-	ipvVERSION;
-	route OWN via "lo";
-}
-protocol kernel kernelVERSION {
-	ipvVERSION {
+protocol kernel kernel{{.Version}} {
+	ipv{{.Version}} {
 		import none;
 		export filter {
-			if source != RTS_BGP || net = CONNECTED then reject;
-			krt_prefsrc = ADDRESS;
+			if source != RTS_BGP || net = {{.Bridge}} then reject;
+			krt_prefsrc = {{.Loopback.Addr}};
 			accept;
 		};
 	};
 }
-`)
-	}
-	for _, name := range l.DataCentres() {
-		dc := l.Sites[name]
-		u := l.uplink(dc)
-		replace := strings.NewReplacer("NAME", strings.ReplaceAll(name, "-", "_"), "DCASN", fmt.Sprint(u.ASN), "AGENTASN", fmt.Sprint(u.AgentASN),
-			"OWNASN", fmt.Sprint(usersASN), "LOCAL4", u.Users.Addr().String(), "LOCAL6", u.Users6.Addr().String(), "DC4", u.DC.Addr().String(),
-			"DC6", u.DC6.Addr().String(), "AGENT4", u.Agent.Addr().String(),
-			"BRIDGE4", dc.BridgeAddr.Masked().String(), "BRIDGE6", dc.BridgeAddr6.Masked().String())
-		text += replace.Replace(`
-protocol bgp NAME4 from session {
-	local LOCAL4 as OWNASN;
-	neighbor DC4 as DCASN;
-	ipv4 {
-		import where net = BRIDGE4;
-		export where source = RTS_STATIC || guests4() && proto != "NAME_agent";
+{{end}}{{range $dc := .DCs}}{{range .Families}}
+protocol bgp {{$dc.Name}}{{.Version}} from session {
+	local {{.Users}} as {{$dc.UsersASN}};
+	neighbor {{.DC}} as {{$dc.Uplink.ASN}};
+	ipv{{.Version}} {
+		import where net = {{.Bridge}};
+		export where source = RTS_STATIC || guests{{.Version}}() && proto != "{{$dc.Name}}_agent";
 	};
 }
-protocol bgp NAME6 from session {
-	local LOCAL6 as OWNASN;
-	neighbor DC6 as DCASN;
-	ipv6 {
-		import where net = BRIDGE6;
-		export where source = RTS_STATIC || guests6() && proto != "NAME_agent";
-	};
-}
-protocol bgp NAME_agent from session {
-	local LOCAL4 as OWNASN;
-	neighbor AGENT4 as AGENTASN;
+{{end}}
+protocol bgp {{.Name}}_agent from session {
+	local {{.Uplink.Users.Addr}} as {{.UsersASN}};
+	neighbor {{.Uplink.Agent.Addr}} as {{.Uplink.AgentASN}};
 	passive yes;
 	ipv4 { import where guests4(); export where guests4(); };
 	ipv6 { import where guests6(); export where guests6(); };
 }
-`)
+{{end}}`
+
+var (
+	dcBirdTemplate    = template.Must(template.New("").Parse(birdHead + dcBird))
+	usersBirdTemplate = template.Must(template.New("").Parse(birdHead + usersBird))
+)
+
+// birdView is what the templates need of a data centre; for the users, of
+// local-dc, to whose guests' network they are connected, and of all.
+type birdView struct {
+	Name     string // of its sessions at the users
+	ID       netip.Addr
+	Bridge   string
+	Uplink   uplink
+	UsersASN int
+	Families [2]birdFamily
+	DCs      []birdView
+}
+
+type birdFamily struct {
+	Version   int
+	Guests    string       // a set of BIRD's: host routes in any bridge's network
+	Bridge    netip.Prefix // network
+	Loopback  netip.Prefix
+	DC, Users netip.Addr
+}
+
+func (l *Lab) birdView(dc *Site) birdView {
+	var guests4, guests6 []string
+	for _, name := range l.DataCentres() {
+		guests4 = append(guests4, l.Sites[name].BridgeAddr.Masked().String()+"{32,32}")
+		guests6 = append(guests6, l.Sites[name].BridgeAddr6.Masked().String()+"{128,128}")
 	}
-	return text
+	u := l.uplink(dc)
+	return birdView{
+		Name: strings.ReplaceAll(dc.Name, "-", "_"), ID: u.DC.Addr(), Bridge: dc.Bridge, Uplink: u, UsersASN: usersASN,
+		Families: [2]birdFamily{
+			{4, strings.Join(guests4, ", "), dc.BridgeAddr.Masked(), usersLoopback, u.DC.Addr(), u.Users.Addr()},
+			{6, strings.Join(guests6, ", "), dc.BridgeAddr6.Masked(), usersLoopback6, u.DC6.Addr(), u.Users6.Addr()},
+		},
+	}
+}
+
+// birdText is the configuration of a site's router.
+func (l *Lab) birdText(s *Site) (string, error) {
+	var text strings.Builder
+	if s.Name != Users {
+		err := dcBirdTemplate.Execute(&text, l.birdView(s))
+		return text.String(), err
+	}
+	view := l.birdView(l.Sites[LocalDC])
+	view.ID = usersLoopback.Addr()
+	for _, name := range l.DataCentres() {
+		view.DCs = append(view.DCs, l.birdView(l.Sites[name]))
+	}
+	err := usersBirdTemplate.Execute(&text, view)
+	return text.String(), err
 }
 
 func (l *Lab) writeBird() error {
 	for _, s := range l.Sites {
-		text := l.usersBird()
-		if s.Name != Users {
-			text = l.dcBird(s)
+		text, err := l.birdText(s)
+		if err != nil {
+			return fmt.Errorf("write configuration: %w", err)
 		}
 		if err := os.WriteFile(s.birdConfig(), []byte(text), 0o644); err != nil {
 			return fmt.Errorf("write configuration: %w", err)
