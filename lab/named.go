@@ -136,15 +136,30 @@ func (l *Lab) Dig(ctx context.Context, site, name, recordType string) ([]Record,
 	if err != nil {
 		return nil, err
 	}
+	records, err := parseDig(out)
+	if err != nil {
+		return nil, fmt.Errorf("look up %s %s from %s: %w", name, recordType, site, err)
+	}
+	return records, nil
+}
+
+// parseDig reads what dig prints with +comments and +answer.
+func parseDig(out string) ([]Record, error) {
 	var records []Record
-	status := "none"
+	status := "nothing"
 	for line := range strings.Lines(out) {
-		if _, after, ok := strings.Cut(line, "status: "); ok && strings.HasPrefix(line, ";;") {
-			status, _, _ = strings.Cut(after, ",")
+		if strings.HasPrefix(line, ";") {
+			if _, after, ok := strings.Cut(line, "status: "); ok {
+				status, _, _ = strings.Cut(after, ",")
+			}
+			continue
 		}
 		fields := strings.Fields(line)
-		if strings.HasPrefix(line, ";") || len(fields) < 5 {
+		if len(fields) == 0 {
 			continue
+		}
+		if len(fields) < 5 {
+			return nil, fmt.Errorf("dig printed %q: want name, TTL, class, type and data", line)
 		}
 		ttl, err := strconv.ParseUint(fields[1], 10, 32)
 		if err != nil {
@@ -153,7 +168,7 @@ func (l *Lab) Dig(ctx context.Context, site, name, recordType string) ([]Record,
 		records = append(records, Record{Name: fields[0], TTL: time.Duration(ttl) * time.Second, Type: fields[3], Data: strings.Join(fields[4:], " ")})
 	}
 	if status != "NOERROR" && status != "NXDOMAIN" {
-		return nil, fmt.Errorf("look up %s %s from %s: the server answers %s", name, recordType, site, status)
+		return nil, fmt.Errorf("the server answers %s", status)
 	}
 	return records, nil
 }
