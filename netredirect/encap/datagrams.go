@@ -23,7 +23,7 @@ type DatagramTunnel struct {
 	link *datagrams
 }
 
-// OpenDatagrams makes a tunnel without a connection yet. Needs root. c.Local and c.Remote are only those of probes.
+// OpenDatagrams makes a tunnel that has no connection yet. It needs root. c.Local and c.Remote are only those of probes.
 func OpenDatagrams(c Config) (*DatagramTunnel, error) {
 	if err := c.check(); err != nil {
 		return nil, err

@@ -37,24 +37,30 @@ type ipip struct {
 // ends are the outer addresses of a tunnel.
 type ends struct{ local, remote netip.Addr }
 
-// opened counts the tunnels of this process. Each of them gets what comes for all that have its local address.
+// opened are the tunnels of this process. Each of them gets what comes for all that have its local address.
 var opened = struct {
 	sync.Mutex
-	tunnels map[ends]int
-}{tunnels: map[ends]int{}}
+	tunnels map[ends]bool
+}{tunnels: map[ends]bool{}}
 
-func (e ends) open(change int) {
+func (e ends) open() (first bool) {
 	opened.Lock()
 	defer opened.Unlock()
-	if opened.tunnels[e] += change; opened.tunnels[e] == 0 {
-		delete(opened.tunnels, e)
-	}
+	first = !opened.tunnels[e]
+	opened.tunnels[e] = true
+	return first
+}
+
+func (e ends) close() {
+	opened.Lock()
+	defer opened.Unlock()
+	delete(opened.tunnels, e)
 }
 
 func (e ends) isOpen() bool {
 	opened.Lock()
 	defer opened.Unlock()
-	return opened.tunnels[e] > 0
+	return opened.tunnels[e]
 }
 
 // family is what differs between the families of outer addresses.
@@ -73,7 +79,8 @@ var (
 	family6 = family{"ip6", header6, unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS, unix.IPV6_MTU_DISCOVER, unix.IPV6_MTU, unix.IPV6_TCLASS}
 )
 
-// OpenIPIP makes a tunnel that carries packets in IP, as the kernel's ipip, sit and ip6tnl do, and needs root.
+// OpenIPIP makes a tunnel that carries packets in IP, as the kernel's ipip, sit and ip6tnl do. It needs root, a route to
+// c.Remote, and that no other tunnel of this process has the same two ends.
 func OpenIPIP(c Config) (*Tunnel, error) {
 	if err := c.check(); err != nil {
 		return nil, err
@@ -82,7 +89,9 @@ func OpenIPIP(c Config) (*Tunnel, error) {
 	if c.Local.Is4() {
 		o.family = family4
 	}
-	o.ends.open(1)
+	if !o.ends.open() {
+		return nil, fmt.Errorf("tunnel %s: there is one from %v to %v already; add to its gate", c.Name, c.Local, c.Remote)
+	}
 	if err := o.connect(); err != nil {
 		return nil, errors.Join(fmt.Errorf("tunnel %s: %w", c.Name, err), o.close())
 	}
@@ -175,7 +184,7 @@ func (o *ipip) sendOptions(fd int) error {
 
 func (o *ipip) close() error {
 	close(o.closing)
-	o.ends.open(-1)
+	o.ends.close()
 	var errs []error
 	for i := range protocols {
 		if o.in[i] != nil {

@@ -141,6 +141,17 @@ func TestOpenRefuses(t *testing.T) {
 		t.Errorf("a device is left:\n%s", out)
 	}
 	s.open(good)
+	good.Name = "wm1"
+	err := s.run(func() error {
+		_, err := OpenIPIP(good)
+		return err
+	})
+	if err == nil {
+		t.Errorf("a second tunnel between the same ends: %v", err)
+	}
+	if _, err := s.try("ip", "link", "show", "wm1"); err == nil {
+		t.Error("a device is left")
+	}
 }
 
 func TestDeviceRemovedByOthers(t *testing.T) {
