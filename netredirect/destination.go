@@ -1,6 +1,7 @@
 package netredirect
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -53,10 +54,13 @@ func (m *Manager) Answer(ask Ask, nics []NIC, from netip.Addr) (Offer, error) {
 	if kind == Auto {
 		kind = IPIP
 	}
+	for i := range here {
+		here[i].Tap = cmp.Or(here[i].Tap, "vnetN") // its number is known when it is made
+	}
 	device := deviceName("", kind)
 	plan := planDestination(destinationNeeds{priority: topPriority, device: device, nics: here, egress: m.egress(ask.Options), mapped: o.Mapped})
 	plan.Tunnel = planTunnel(tunnelFacts{kind: kind, device: device, local: outer, remote: from, mtu: tunnelMTU(kind, from, 0)})
-	o.Steps = plan.text()
+	o.Steps = m.typed(plan)
 	o.Findings = append(o.Findings, m.settleFindings(o.Mode, here)...)
 	return o, nil
 }

@@ -343,7 +343,20 @@ func (m *Manager) Preview(ask Ask, peer netip.Addr) []string {
 	}
 	plan := planSource(0, topPriority, device, nics)
 	plan.Tunnel = planTunnel(tunnelFacts{kind: kind, device: device, local: ask.Outer, remote: peer, mtu: tunnelMTU(kind, peer, 0)})
-	return plan.text()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.typed(plan)
+}
+
+// typed is a plan that is not made, as a network engineer would type it. Called
+// with the lock held.
+func (m *Manager) typed(p Plan) []string {
+	for _, part := range []*[]hostnet.Step{&p.Stay, &p.Arm} {
+		if known, err := m.rememberSysctls(*part); err == nil {
+			*part = known
+		}
+	}
+	return p.text()
 }
 
 // served is the MAC at which a VM that is foreign here finds all of its
