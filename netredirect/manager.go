@@ -135,9 +135,10 @@ func (m *Manager) restore(x *redirect) {
 func (m *Manager) standLocked(x *redirect) error {
 	var steps []hostnet.Step
 	if x.tunnelled() {
-		if err := m.carry(&x.record, x.Role == Source); err != nil {
+		if err := m.carry(&x.record); err != nil {
 			return err
 		}
+		m.dial(&x.record)
 		m.openGates()
 		steps = append(steps, x.Plan.Tunnel...)
 	}

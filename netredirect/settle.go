@@ -452,7 +452,7 @@ func (x *redirect) goDirect() {
 	}
 	x.m.mu.Lock()
 	defer x.m.mu.Unlock()
-	if x.m.redirects[x.Move] != x || x.home() {
+	if x.m.redirects[x.Move] != x || x.home() || !x.tunnelled() {
 		return
 	}
 	for i, step := range x.Plan.Arm {

@@ -199,6 +199,9 @@ func (m *Manager) try(ctx context.Context, vm VM, peer Peer, ask Ask, offer Offe
 	if err := call(ctx, opOpen, openRequest{Kind: kind, Outer: local, MTU: mtu, Options: ask.Options, NICs: ask.NICs}, &opened); err != nil {
 		return nil, err
 	}
+	m.mu.Lock()
+	m.dial(&made.record)
+	m.mu.Unlock()
 	if err := m.fit(ctx, made, call); err != nil {
 		return nil, err
 	}
@@ -243,7 +246,7 @@ func (m *Manager) open(ctx context.Context, r *record) (*redirect, error) {
 	}
 	x.Plan.Tunnel = planTunnel(tunnelFacts{kind: x.Kind, device: x.Device, local: x.Local, remote: x.Remote, mtu: x.MTU})
 	if err = m.journal.put(&x.record); err == nil {
-		err = m.carry(&x.record, x.Role == Source)
+		err = m.carry(&x.record)
 	}
 	if err == nil {
 		m.openGates()

@@ -34,6 +34,7 @@ type carried struct {
 		SetMTU(int) error
 		Close() error
 	}
+	dialing bool
 	stop    context.CancelFunc // of the dialing
 	work    sync.WaitGroup
 	attach  func(Packets)
@@ -43,7 +44,7 @@ type carried struct {
 
 // carry opens a tunnel of a kind that the kernel does not carry, unless it is
 // open already.
-func (m *Manager) carry(r *record, dial bool) error {
+func (m *Manager) carry(r *record) error {
 	if r.Kind == IPIP || m.tunnels[r.Device] != nil {
 		return nil
 	}
@@ -69,16 +70,23 @@ func (m *Manager) carry(r *record, dial bool) error {
 			}
 			user.Attach(p)
 		}
-		if dial {
-			ctx, stop := context.WithCancel(m.ctx)
-			t.stop = stop
-			t.work.Go(func() { m.keepDialed(ctx, t, r.Site, r.Peer) })
-		}
 	default:
 		return fmt.Errorf("tunnel kind %q is not carried by the agent", r.Kind)
 	}
 	m.tunnels[r.Device] = t
 	return nil
+}
+
+// dial begins to keep the QUIC tunnel of a redirect connected, from its source.
+// Called with the lock held.
+func (m *Manager) dial(r *record) {
+	t := m.tunnels[r.Device]
+	if r.Kind != QUIC || r.Role != Source || t == nil || t.dialing {
+		return
+	}
+	ctx, stop := context.WithCancel(m.ctx)
+	t.dialing, t.stop = true, stop
+	t.work.Go(func() { m.keepDialed(ctx, t, r.Site, r.Peer) })
 }
 
 // keepDialed keeps a QUIC tunnel connected, for as long as it stands.
@@ -93,9 +101,9 @@ func (m *Manager) keepDialed(ctx context.Context, t *carried, site, peer string)
 			select {
 			case <-p.Done():
 			case <-ctx.Done():
-				p.Close("the tunnel is removed")
 			}
 			t.lose(p)
+			p.Close("the tunnel is removed")
 		} else if ctx.Err() == nil {
 			m.Log.Warn("QUIC tunnel not connected, trying again", "site", site, "error", err)
 		}

@@ -113,7 +113,7 @@ func (l *datagrams) receive(ctx context.Context, a *attachment) {
 		b, err := a.Receive(ctx)
 		if err != nil {
 			if l.current.CompareAndSwap(a, nil) {
-				l.t.log.Warn("the tunnel has lost its connection", "err", err)
+				l.t.log.Info("the tunnel has lost its connection", "err", err)
 			}
 			return
 		}
