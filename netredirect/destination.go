@@ -307,7 +307,8 @@ func (x *redirect) serveSync(r syncRequest) (any, error) {
 		return nil, ErrUnknown
 	}
 	x.see.Lock()
-	x.peerIdle, x.peerSeen, x.peerWaits, x.lastSync = r.Idle, r.RouteSeen, bounded(r.Waits), time.Now()
+	const longest = 365 * 24 * time.Hour
+	x.peerIdle, x.peerSeen, x.peerWaits, x.lastSync = min(max(r.Idle, 0), longest), r.RouteSeen, bounded(r.Waits), time.Now()
 	x.see.Unlock()
 	if r.Draining {
 		x.Drain()

@@ -206,6 +206,9 @@ func (x *redirect) stand() {
 		return
 	}
 	x.living = true
+	x.see.Lock()
+	x.seen.at, x.lastSync = time.Now(), time.Now() // from here on nobody has used it, or asked
+	x.see.Unlock()
 	if x.State == Armed { // the agent was restarted in between
 		if _, err := x.m.net.ApplyAll(x.m.ctx, x.Plan.Switch); err != nil {
 			x.problem("switching", err)

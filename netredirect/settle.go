@@ -141,6 +141,10 @@ func (x *redirect) finish(why string) (done bool) {
 		x.m.mu.Unlock()
 		return true
 	}
+	if !x.tunnelled() { // the other side says so, too
+		x.m.mu.Unlock()
+		return false
+	}
 	status := x.status()
 	var err error
 	resident := false
@@ -305,10 +309,7 @@ func (x *redirect) situation() situation {
 	s := situation{Mode: x.Mode, Home: x.home(), Drained: x.State == Draining,
 		Names: len(x.Names), NamesKnown: x.Found, NameServed: !x.NameMoved.IsZero(), DNS: x.m.dns != nil,
 		BGP: x.m.bgp != nil, RouteSeen: !x.RouteSeen.IsZero(),
-		Idle: min(time.Since(x.seen.at), max(x.peerIdle, 0)), Quiet: x.Options.Quiet, Flows: flows, Left: time.Until(x.Deadline)}
-	if x.lastSync.IsZero() {
-		s.Idle = time.Since(x.seen.at)
-	}
+		Idle: min(time.Since(x.seen.at), x.peerIdle+time.Since(x.lastSync)), Quiet: x.Options.Quiet, Flows: flows, Left: time.Until(x.Deadline)}
 	if s.NameServed {
 		s.CachedFor = cachedFor(time.Now(), x.Lowered, x.NameMoved, x.oldTTL(), x.m.lowTTL())
 	}
