@@ -210,10 +210,8 @@ func (x *redirect) stand() {
 	x.seen.at, x.lastSync = time.Now(), time.Now() // from here on nobody has used it, or asked
 	x.see.Unlock()
 	if x.State == Armed { // the agent was restarted in between
-		if _, err := x.m.net.ApplyAll(x.m.ctx, x.Plan.Switch); err != nil {
-			x.problem("switching", err)
-		}
 		x.State, x.Switched = Standing, time.Now()
+		x.problem("restoring", x.m.standLocked(x))
 	}
 	if x.Deadline.IsZero() {
 		x.Deadline = time.Now().Add(x.Options.Max)

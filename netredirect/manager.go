@@ -124,6 +124,9 @@ func (m *Manager) restore(x *redirect) {
 		}
 		return
 	}
+	if x.State == Armed {
+		return // its move is over, and Decide tells how
+	}
 	if err := m.standLocked(x); err != nil {
 		x.problem("restoring", err)
 		m.Log.Error("redirect not whole after the agent's start", "move", x.Move, "vm", x.VM, "error", err)

@@ -136,7 +136,10 @@ func (w *world) dump(site string) string {
 		// The bridge has these, its link-local address and its state, only while it
 		// has a port, the guest's.
 		if !strings.Contains(line, "vnet") && !strings.Contains(line, "fe80:") && !strings.Contains(line, "33:33:") && !strings.Contains(line, "ff00::/8") && !strings.HasPrefix(line, "br0 ") {
-			kept = append(kept, line)
+			// Nor is the bridge's own network down but for that.
+			if line = strings.Replace(line, " linkdown", "", 1); !strings.Contains(line, "dev br0 proto kernel") && !strings.Contains(line, "broadcast") {
+				kept = append(kept, line)
+			}
 		}
 	}
 	return strings.Join(kept, "")
