@@ -1,17 +1,18 @@
 package main
 
 import (
-	"bytes"
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"testing"
 
 	"github.com/wanmig/wanmig/agent"
+	"github.com/wanmig/wanmig/netredirect/names"
 )
 
 // TestPackagedConfig holds packaging/agent.yaml to what it says of itself: its
-// values are the defaults, and the line that is commented out is valid.
+// values are the defaults, and the keys that are commented out are valid.
 func TestPackagedConfig(t *testing.T) {
 	load := func(text []byte) agent.Config {
 		t.Helper()
@@ -32,7 +33,16 @@ func TestPackagedConfig(t *testing.T) {
 	if got, want := load(packaged), load(nil); !reflect.DeepEqual(got, want) {
 		t.Errorf("the packaged configuration is %+v, the defaults are %+v", got, want)
 	}
-	if c := load(bytes.Replace(packaged, []byte("\n#site:"), []byte("\nsite:"), 1)); c.Site != "north" {
-		t.Errorf("the site is %q", c.Site)
+	// Comments have a blank after their sign, keys have none, or are indented.
+	keys := regexp.MustCompile(`(?m)^#([a-z]|  )`)
+	c := load(keys.ReplaceAll(packaged, []byte("$1")))
+	if c.Site != "north" || len(c.Addresses.Pool) != 2 || c.DNS == nil || c.BGP == nil {
+		t.Fatalf("with every key the configuration is %+v", c)
+	}
+	if len(c.DNS.Servers) != 2 || len(c.DNS.Zones) != 2 || c.DNS.TTL != names.DefaultTTL {
+		t.Errorf("DNS is %+v", *c.DNS)
+	}
+	if len(c.BGP.NextHops) != 2 || len(c.BGP.Communities) != 1 || len(c.BGP.Peers) != 1 || c.BGP.Peers[0].Multihop != 2 || c.BGP.Peers[0].PasswordFile == "" {
+		t.Errorf("BGP is %+v", *c.BGP)
 	}
 }
