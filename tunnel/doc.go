@@ -1,5 +1,6 @@
 // Package tunnel carries sessions between two agents: who the peer is, and
-// named channels of frames to it.
+// named channels of frames to it. Beside these it carries packets, such as those
+// of a tunnel for IP.
 //
 // An agent has one Endpoint, a UDP socket that both dials and listens. A
 // Session is up to Carriers QUIC connections (RFC 9000), its carriers, between
@@ -123,7 +124,54 @@
 //
 // Connections are closed with a reason and application code 0, with code 1 when
 // the peer broke the format of a header, or with code 2 when another connection
-// of the session was lost.
+// of the session or the packets was lost.
+//
+// # Packets
+//
+// Packets travel in the DATAGRAM frames (RFC 9221) of up to 8 connections of their
+// own. The first of these is asked for and given like this:
+//
+//	dialer                                   listener
+//	ClientHello, ALPN                  >
+//	  "wanmig/1/packets"               <     ServerHello, certificate, Finished
+//	checks the listener's ID
+//	certificate, Finished              >
+//	request, on a bidirectional stream >     checks the dialer's ID
+//	                                         AcceptPackets takes it up
+//	                                   <     greeting, on the same stream
+//
+// Its greeting is that of a session, and the others join it as a session's
+// carriers do. The packets end with any of their connections. The request:
+//
+//	offset  size  content
+//	0       1     version: 1
+//	1       1     n, length of the tag: 0 to 64
+//	2       n     tag: what the packets are for, as the dialer's program knows it
+//	2+n           bytes of later versions, up to 1024 to the end of the stream; ignored
+//
+// A dialer has 10 s to send it and to be accepted.
+//
+// A datagram holds one packet, or nothing when it is only sent so that QUIC finds
+// the MTU of the path:
+//
+//	offset  size  content
+//	0       4     number of the packet in its direction, from 0, wraps
+//	4             packet, not empty
+//
+// It goes to whichever connection is ready for it. The receiver restores the
+// order: it waits for a missing packet until all connections have brought a later
+// one, 30 ms at most. Without this, TCP inside took the other order for losses.
+// While congestion control holds all connections back, 32 datagrams wait in each,
+// and Send waits too: the queue in front of it, that of a TUN device, should be short,
+// since it drops what does not fit. At the receiver 128 wait for each connection.
+//
+// A single connection gives up most of a link for minutes after a few losses, and
+// its one queue overflows when a busy host stops the receiver for 10 ms. TCP inside
+// a TUN device got, of an emulated link of 100 Mbit/s and 50 ms, in 10 s, Mbit/s:
+//
+//	                            no tunnel   1 connection   8 connections
+//	no loss,    CUBIC / BBR      94 / 94       87 / 90         88 / 89
+//	0.1 % loss, CUBIC / BBR      22 / 93       16 / 10         18 / 65
 //
 // # Versions
 //

@@ -20,13 +20,21 @@ const packetsProtocol = "wanmig/1/packets" // ALPN of a connection for packets
 const packetCarriers = 8
 
 // Packets carries packets to one agent whose identity was verified, each whole or
-// not at all, perhaps late or in another order. Its methods are safe for concurrent
-// use.
+// not at all, nearly always in order. Its methods are safe for concurrent use.
 type Packets struct {
 	*bundle
 	tag     []byte
-	in, out chan []byte
+	out     chan []byte  // from Send to the carriers
+	arrived chan arrival // from the carriers
+	in      chan []byte  // in order, to Receive
+	sent    atomic.Uint32
 	maxSize atomic.Int64
+}
+
+// arrival is a datagram that a carrier brought.
+type arrival struct {
+	carrier  int
+	datagram []byte
 }
 
 // DialPackets opens a connection for packets to the agent peer at addr, which
@@ -162,16 +170,18 @@ func (e *Endpoint) keepPackets(conn *quic.Conn, tag []byte, t *token) (*Packets,
 		return nil, err
 	}
 	p := &Packets{
-		bundle: newBundle(conn, peer, packetCarriers, &e.running),
-		tag:    slices.Clone(tag),
-		in:     make(chan []byte),
-		out:    make(chan []byte),
+		bundle:  newBundle(conn, peer, packetCarriers, &e.running),
+		tag:     slices.Clone(tag),
+		out:     make(chan []byte),
+		arrived: make(chan arrival),
+		in:      make(chan []byte),
 	}
 	p.measure()
 	if err := e.hold(p, t); err != nil {
 		return nil, err
 	}
-	p.serve(conn)
+	p.serve(conn, 1)
+	p.run(p.order)
 	p.run(p.discover)
 	return p, nil
 }
@@ -195,13 +205,13 @@ func (p *Packets) addCarrier(conn *quic.Conn) error {
 		return err
 	}
 	p.watch(conn, number)
-	p.serve(conn)
+	p.serve(conn, number)
 	return nil
 }
 
-// serve moves packets from Send and to Receive, as fast as the carrier takes them
+// serve moves packets from Send and to order, as fast as the carrier takes them
 // and until it ends.
-func (p *Packets) serve(conn *quic.Conn) {
+func (p *Packets) serve(conn *quic.Conn, number int) {
 	p.run(func() {
 		for {
 			select {
@@ -219,11 +229,8 @@ func (p *Packets) serve(conn *quic.Conn) {
 			if err != nil {
 				return
 			}
-			if len(b) == 0 {
-				continue
-			}
 			select {
-			case p.in <- b:
+			case p.arrived <- arrival{number - 1, b}:
 			case <-p.ctx.Done():
 				return
 			}
@@ -231,21 +238,51 @@ func (p *Packets) serve(conn *quic.Conn) {
 	})
 }
 
+// order hands what the carriers bring to Receive, in the order in which it was
+// sent.
+func (p *Packets) order() {
+	s := newSequencer(packetCarriers)
+	timer := time.NewTimer(maxWait)
+	defer timer.Stop()
+	var ready [][]byte
+	for {
+		select {
+		case a := <-p.arrived:
+			ready = s.take(ready[:0], a.carrier, a.datagram, time.Now())
+		case now := <-timer.C:
+			ready = s.expire(ready[:0], now)
+		case <-p.ctx.Done():
+			return
+		}
+		for _, b := range ready {
+			select {
+			case p.in <- b:
+			case <-p.ctx.Done():
+				return
+			}
+		}
+		if until := s.deadline(); !until.IsZero() {
+			timer.Reset(time.Until(until))
+		}
+	}
+}
+
 // quic-go looks for the path's MTU when it sends anyway, with a probe each five
 // round trips at most, each half as far from the goal as the one before.
 const (
-	probes        = 12
-	probeTrips    = 5
-	probeInterval = 20 * time.Millisecond // at least
+	fruitlessProbes = 20
+	probeTrips      = 5
+	probeInterval   = 50 * time.Millisecond // at least
 )
 
-// discover sends empty packets, which are not delivered, until the path's MTU is
-// known, since a tunnel needs it before its first packet; later growth comes with
-// its packets. It keeps MaxSize up to date.
+// discover sends empty datagrams, until the path's MTU seems to be known, since a
+// tunnel needs it before its first packet; later growth comes with its packets. It
+// keeps MaxSize up to date.
 func (p *Packets) discover() {
-	for i := 0; ; i++ {
+	for fruitless := 0; ; fruitless++ {
+		probing := fruitless < fruitlessProbes
 		wait := KeepAlive
-		if i < probes {
+		if probing {
 			wait = max(probeInterval, (probeTrips+1)*p.first.ConnectionStats().SmoothedRTT)
 		}
 		select {
@@ -253,20 +290,23 @@ func (p *Packets) discover() {
 			return
 		case <-time.After(wait):
 		}
-		if i < probes {
+		if probing {
 			for _, conn := range p.all() {
 				_ = conn.SendDatagram(nil) // fails with the carrier only, which ends us
 			}
 		}
-		p.measure()
+		if p.measure() {
+			fruitless = 0
+		}
 	}
 }
 
 // beyond is larger than any packet.
 var beyond = make([]byte, 1<<16)
 
-// measure asks each carrier for the largest packet that it takes.
-func (p *Packets) measure() {
+// measure asks each carrier for the largest packet that it takes, and says whether
+// MaxSize has grown.
+func (p *Packets) measure() (grown bool) {
 	size := int64(len(beyond))
 	for _, conn := range p.all() {
 		var large *quic.DatagramTooLargeError
@@ -274,19 +314,20 @@ func (p *Packets) measure() {
 			size = min(size, large.MaxDatagramPayloadSize)
 		}
 	}
-	p.maxSize.Store(size)
+	size = max(0, size-sequenceSize)
+	return p.maxSize.Swap(size) < size
 }
 
-// MaxSize returns how many bytes a packet may have now. It is 1163 at first,
-// and grows to 1380 or more within 40 round trips where the path lets it.
+// MaxSize returns how many bytes a packet may have now. It is 1159 at first, and
+// where the path lets it, it grows to 1395 within about 40 round trips.
 func (p *Packets) MaxSize() int { return int(p.maxSize.Load()) }
 
 // Tag returns what the dialer said that the packets are for.
 func (p *Packets) Tag() []byte { return p.tag }
 
-// Send sends one packet, and waits while congestion control holds all carriers
-// back: what comes meanwhile is best dropped where it comes from. The error is an
-// ErrTooLarge when b is larger than MaxSize.
+// Send sends one packet, which is not empty, and waits while congestion control
+// holds all carriers back: what comes meanwhile is best dropped where it comes
+// from. The error is an ErrTooLarge when b is larger than MaxSize.
 func (p *Packets) Send(b []byte) error {
 	if most := p.MaxSize(); len(b) > most {
 		return fmt.Errorf("%w: %d bytes, at most %d fit", ErrTooLarge, len(b), most)
@@ -294,16 +335,20 @@ func (p *Packets) Send(b []byte) error {
 	if err := p.Err(); err != nil {
 		return fmt.Errorf("send packet: %w", err)
 	}
+	if len(b) == 0 {
+		return nil
+	}
+	datagram := append(appendSequence(make([]byte, 0, sequenceSize+len(b)), p.sent.Add(1)-1), b...)
 	select {
-	case p.out <- slices.Clone(b):
+	case p.out <- datagram:
 		return nil
 	case <-p.ctx.Done():
 		return fmt.Errorf("send packet: %w", p.Err())
 	}
 }
 
-// Receive returns the next packet, which is not empty. Up to 1024 packets wait for
-// it; more are dropped.
+// Receive returns the next packet. Up to 1024 packets wait for it; more are
+// dropped.
 func (p *Packets) Receive(ctx context.Context) ([]byte, error) {
 	select {
 	case b := <-p.in:
