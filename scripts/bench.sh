@@ -8,4 +8,4 @@ if [ "$(id -u)" != 0 ]; then
 	exit 1
 fi
 bin/wanlab image
-go test -tags bench -count=1 -timeout 30m -run SideBySide ./lab/e2e
+go test -tags bench -count=1 -timeout 30m -run 'SideBySide|QUICTunnel' ./lab/e2e

@@ -21,8 +21,18 @@ import (
 	"github.com/wanmig/wanmig/migrate"
 )
 
+// child is what this program can be started as, by its first argument.
+var child = map[string]func(args []string) error{}
+
 func TestMain(m *testing.M) {
 	lab.RunChild()
+	if len(os.Args) > 1 && child[os.Args[1]] != nil {
+		if err := child[os.Args[1]](os.Args[2:]); err != nil {
+			fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[1], err)
+			os.Exit(1)
+		}
+		return
+	}
 	os.Exit(m.Run())
 }
 
