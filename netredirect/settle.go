@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -306,10 +307,14 @@ func (x *redirect) situation() situation {
 	defer x.m.mu.Unlock()
 	x.see.Lock()
 	defer x.see.Unlock()
+	left := x.Options.Max // the source may ask before this host knows that the VM has come
+	if !x.Deadline.IsZero() {
+		left = time.Until(x.Deadline)
+	}
 	s := situation{Mode: x.Mode, Home: x.home(), Drained: x.State == Draining,
 		Names: len(x.Names), NamesKnown: x.Found, NameServed: !x.NameMoved.IsZero(), DNS: x.m.dns != nil,
 		BGP: x.m.bgp != nil, RouteSeen: !x.RouteSeen.IsZero(),
-		Idle: min(time.Since(x.seen.at), x.peerIdle+time.Since(x.lastSync)), Quiet: x.Options.Quiet, Flows: flows, Left: time.Until(x.Deadline)}
+		Idle: min(time.Since(x.seen.at), x.peerIdle+time.Since(x.lastSync)), Quiet: x.Options.Quiet, Flows: flows, Left: left}
 	if s.NameServed {
 		s.CachedFor = cachedFor(time.Now(), x.Lowered, x.NameMoved, x.oldTTL(), x.m.lowTTL())
 	}
@@ -427,15 +432,16 @@ func (x *redirect) moveRoutes() {
 		// In the journal first: what was announced must be withdrawn some day.
 		x.change(func(r *record) { r.Announced = x.prefixes() })
 	}
-	err := x.m.bgp.Announce(x.ctx, x.Announced)
-	if err == nil {
-		for _, p := range x.m.bgp.Peers() {
-			if p.Problem != "" {
-				err = errors.Join(err, fmt.Errorf("peer %s: %s", p.Peer, p.Problem))
-			}
+	var errs []error
+	for _, p := range x.Announced { // one that can't be announced does not keep the others
+		errs = append(errs, x.m.bgp.Announce(x.ctx, []netip.Prefix{p}))
+	}
+	for _, p := range x.m.bgp.Peers() {
+		if p.Problem != "" {
+			errs = append(errs, fmt.Errorf("peer %s: %s", p.Peer, p.Problem))
 		}
 	}
-	x.problem("BGP", err)
+	x.problem("BGP", errors.Join(errs...))
 	x.see.Lock()
 	seen := x.peerSeen
 	x.see.Unlock()

@@ -102,6 +102,9 @@ func (w *world) awaitRedirect(site, what string, is func([]netredirect.Status) b
 			return all
 		}
 	}
+	for i := range all {
+		all[i].Steps, all[i].Undo = nil, nil
+	}
 	w.t.Fatalf("the redirects at %s did not come to: %s: %+v", site, what, all)
 	return nil
 }
