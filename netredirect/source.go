@@ -212,6 +212,9 @@ func (m *Manager) try(ctx context.Context, vm VM, peer Peer, ask Ask, offer Offe
 	if err := call(ctx, opArm, armRequest{}, &armed); err != nil {
 		return nil, err
 	}
+	if err := armed.validate(); err != nil {
+		return nil, err
+	}
 	made.change(func(r *record) { r.State, r.Mode, r.Mapped = Armed, armed.Mode, armed.Mapped })
 	m.Log.Info("redirect ready", "move", made.Move, "vm", made.VM, "to", peer.Site, "kind", kind, "mtu", made.MTU)
 	return made, nil

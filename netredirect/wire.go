@@ -105,6 +105,28 @@ func (o Offer) Validate() error {
 	case o.Mode != Keep && o.Mode != New && o.Mode != "":
 		return fmt.Errorf("the destination answers with the unknown mode %.20q", o.Mode)
 	}
+	return validateMapped(o.Mapped)
+}
+
+func (r armReply) validate() error {
+	if r.Mode != Keep && r.Mode != New {
+		return fmt.Errorf("the destination answers with the unknown mode %.20q", r.Mode)
+	}
+	return validateMapped(r.Mapped)
+}
+
+func validateMapped(mapped map[netip.Addr]netip.Addr) error {
+	if len(mapped) > maxAddresses {
+		return fmt.Errorf("%d new addresses: at most %d", len(mapped), maxAddresses)
+	}
+	for a, to := range mapped {
+		if err := errors.Join(validateAddress(a), validateAddress(to)); err != nil {
+			return err
+		}
+		if a.Is4() != to.Is4() {
+			return fmt.Errorf("%s can't be mapped to %s", a, to)
+		}
+	}
 	return nil
 }
 
