@@ -187,14 +187,19 @@ func (m *Manager) add(r *record) (*redirect, error) {
 	if _, twice := m.redirects[r.Move]; twice {
 		return nil, fmt.Errorf("move %s has a redirect here already", r.Move)
 	}
-	used := map[int]bool{}
+	used, taken := map[int]bool{}, map[int]bool{}
 	r.Priority = topPriority
 	for _, x := range m.redirects {
-		used[x.Slot] = true
-		r.Priority = min(r.Priority, x.Priority-rulesEach)
+		used[x.Slot], taken[x.Priority] = true, true
+		if x.UUID == r.UUID { // its rules come before the older ones of the same VM
+			r.Priority = min(r.Priority, x.Priority-rulesEach)
+		}
 	}
 	for used[r.Slot] {
 		r.Slot++
+	}
+	for taken[r.Priority] {
+		r.Priority -= rulesEach
 	}
 	if r.Slot >= maxSlots || r.Priority < 1 {
 		return nil, fmt.Errorf("%d redirects stand here: end some with wanmig redirect cut", len(m.redirects))
