@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -91,14 +92,21 @@ func (r *record) validate() error {
 		return fmt.Errorf("move %.40q is no ID", r.Move)
 	case r.Role != Source && r.Role != Destination:
 		return fmt.Errorf("role %.20q is not known", r.Role)
+	case !slices.Contains(states, r.State):
+		return fmt.Errorf("state %.20q is not known", r.State)
 	case r.Slot < 0 || r.Slot >= maxSlots:
 		return fmt.Errorf("slot %d is out of bounds", r.Slot)
+	case r.Priority < 1 || r.Priority > topPriority:
+		return fmt.Errorf("priority %d of its rules is out of bounds", r.Priority)
 	}
 	var nics []NIC
 	for _, n := range r.NICs {
 		nics = append(nics, n.NIC)
+		if _, err := parseMAC(n.BridgeMAC); err != nil {
+			return err
+		}
 	}
-	if err := validateNICs(nics); err != nil {
+	if err := errors.Join(validateNICs(nics), validateMapped(r.Mapped)); err != nil {
 		return err
 	}
 	for _, s := range r.Plan.steps() {

@@ -1,10 +1,12 @@
 package netredirect
 
 import (
+	"bytes"
 	"fmt"
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -52,6 +54,8 @@ const (
 	Draining State = "draining" // an operator said that nothing more moves: goes when unused
 	Resident State = "resident" // the tunnel is gone; the destination serves the VM's foreign addresses
 )
+
+var states = []State{Opening, Armed, Standing, Draining, Resident}
 
 // Role is the side of a redirect.
 type Role string
@@ -120,10 +124,11 @@ func validateAddress(a netip.Addr) error {
 	return nil
 }
 
-// parseMAC reads an Ethernet address of a single station.
+// parseMAC reads an Ethernet address of a single station, written as nft and ip
+// write it.
 func parseMAC(s string) (net.HardwareAddr, error) {
 	mac, err := net.ParseMAC(s)
-	if err != nil || len(mac) != 6 || mac[0]&1 != 0 {
+	if err != nil || !strings.EqualFold(mac.String(), s) || len(mac) != 6 || mac[0]&1 != 0 || bytes.Count(mac, []byte{0}) == 6 {
 		return nil, fmt.Errorf("%.40q is no Ethernet address of a station", s)
 	}
 	return mac, nil
