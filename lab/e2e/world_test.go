@@ -103,8 +103,10 @@ func (w *world) logs() {
 		b, _ := os.ReadFile(filepath.Join(w.Sites[dc].Dir, "log", "agent.log"))
 		lines := strings.Split(string(b), "\n")
 		w.t.Logf("agent at %s:\n%s", dc, strings.Join(lines[max(0, len(lines)-25):], "\n"))
-		net, _, _ := w.run(dc, "sh", "-c", "ip rule; ip neigh; ip route; ip neigh show proxy; nft list tables")
-		w.t.Logf("network of %s:\n%s", dc, net)
+	}
+	for _, site := range append([]string{lab.Users}, lab.DataCentres...) {
+		net, _, _ := w.run(site, "sh", "-c", "ip rule; ip neigh; ip route; ip neigh show proxy; nft list tables")
+		w.t.Logf("network of %s:\n%s", site, net)
 	}
 }
 
