@@ -37,6 +37,10 @@ func (m *Manager) Answer(ask Ask, nics []NIC, from netip.Addr) (Offer, error) {
 		return o, err
 	}
 	o.Outer = outer
+	if err := checkClaims(ask.NICs, from); err != nil {
+		o.Findings = append(o.Findings, Finding{Check: "redirect", Problem: fmt.Sprintf("connections break, at %s: %v", m.Site, err), Remedy: "name the VM's addresses with --address"})
+		return o, nil
+	}
 	here, err := m.place(ask.NICs, nics)
 	if err != nil {
 		o.Findings = append(o.Findings, Finding{Check: "redirect", Problem: fmt.Sprintf("connections break: %v", err), Remedy: "attach the VM to a Linux bridge there with --network"})
@@ -44,6 +48,9 @@ func (m *Manager) Answer(ask Ask, nics []NIC, from netip.Addr) (Offer, error) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if len(foreignNICs(here)) == 0 {
+		o.Mode = Keep // at home it needs no others
+	}
 	if o.Mode == New {
 		if o.Mapped, err = m.map1to1(here); err != nil {
 			o.Findings = append(o.Findings, Finding{Check: "addresses", Problem: err.Error(), Remedy: "enlarge addresses.pool there, or --addresses keep", Fatal: true})
@@ -121,7 +128,14 @@ func (m *Manager) place(there, here []NIC) ([]hostNIC, error) {
 // map1to1 chooses a free address of the pool for each foreign one of the VM.
 // Called with the lock held.
 func (m *Manager) map1to1(nics []hostNIC) (map[netip.Addr]netip.Addr, error) {
+	hosts, err := reserved(netip.Addr{})
+	if err != nil {
+		return nil, err
+	}
 	taken := map[netip.Addr]bool{}
+	for a := range hosts {
+		taken[a] = true
+	}
 	for _, x := range m.redirects {
 		for _, to := range x.Mapped {
 			taken[to] = true
@@ -188,9 +202,12 @@ func (m *Manager) Serve(ctx context.Context, a Arrival, op string, body []byte) 
 		if err == nil && (r.MTU < minMTU || r.MTU > maxMTU) {
 			err = fmt.Errorf("tunnel MTU %d is out of bounds", r.MTU)
 		}
+		if err != nil {
+			return nil, err
+		}
 		x := m.of(a.Move, a.Peer.ID)
-		if err != nil || x == nil {
-			return nil, errors.Join(err, ErrUnknown)
+		if x == nil {
+			return nil, ErrUnknown
 		}
 		return struct{}{}, m.resize(ctx, x, r.MTU)
 	case opArm:
@@ -224,6 +241,9 @@ func (m *Manager) serveOpen(ctx context.Context, a Arrival, ask openRequest) (an
 	if err != nil {
 		return nil, err
 	}
+	if err := checkClaims(ask.NICs, a.Peer.Address); err != nil {
+		return nil, err
+	}
 	here, err := m.place(ask.NICs, a.NICs)
 	if err != nil {
 		return nil, err
@@ -231,7 +251,9 @@ func (m *Manager) serveOpen(ctx context.Context, a Arrival, ask openRequest) (an
 	r := &record{Move: a.Move, VM: a.Name, UUID: a.UUID, Site: a.Peer.Site, Peer: a.Peer.ID, Role: Destination, State: Opening,
 		Options: ask.Options, Kind: ask.Kind, Device: deviceName(a.Peer.ID, ask.Kind), Local: local, Remote: a.Peer.Address, MTU: ask.MTU, Began: time.Now()}
 	r.setNICs(here)
-	r.Mode = m.mode(ask.Options)
+	if r.Mode = m.mode(ask.Options); r.home() {
+		r.Mode = Keep // at home it needs no others
+	}
 	x, err := m.open(ctx, r)
 	if err != nil {
 		return nil, err

@@ -322,8 +322,8 @@ func (x *redirect) situation() situation {
 }
 
 // home reports whether every address belongs to the destination's own networks.
-func (x *redirect) home() bool {
-	return !slices.ContainsFunc(x.NICs, func(n nic) bool { return !n.Home })
+func (r *record) home() bool {
+	return !slices.ContainsFunc(r.NICs, func(n nic) bool { return !n.Home })
 }
 
 func (x *redirect) oldTTL() time.Duration {
@@ -357,7 +357,7 @@ func (x *redirect) findNames() {
 		return
 	}
 	if !x.Found {
-		found, err := x.m.dns.Find(x.ctx, x.Options.Names, x.addresses())
+		found, err := x.m.dns.Find(x.ctx, x.Options.Names, addressesOf(foreignNICs(x.hostNICs())))
 		x.problem("DNS", err)
 		if err != nil {
 			return

@@ -52,6 +52,11 @@ func (m *Manager) Ask(o Options, nics []NIC, peer netip.Addr) (Ask, []Finding) {
 				Remedy: "name it with --address " + n.MAC + "=ADDRESS, or run a guest agent in the VM"})
 			continue
 		}
+		if err := checkClaims([]NIC{n}, peer); err != nil {
+			findings = append(findings, Finding{Check: "redirect", Problem: fmt.Sprintf("connections by it break: %v", err),
+				Remedy: "name the VM's addresses with --address " + n.MAC + "=ADDRESS"})
+			continue
+		}
 		n.Addresses, findings = m.routable(n, findings)
 		if len(n.Addresses) == 0 {
 			continue
@@ -303,20 +308,24 @@ func (m *Manager) tunnel(device string) *carried {
 	return m.tunnels[device]
 }
 
-// resize changes the MTU of the tunnel's device.
+// resize changes the MTU of the tunnel's device, for all that share it.
 func (m *Manager) resize(ctx context.Context, x *redirect, mtu int) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	x.MTU = mtu
-	before := x.Plan.Tunnel
-	x.Plan.Tunnel = planTunnel(tunnelFacts{kind: x.Kind, device: x.Device, local: x.Local, remote: x.Remote, mtu: mtu})
-	if err := m.journal.put(&x.record); err != nil {
-		return err
+	for _, o := range m.redirects {
+		if o.Device != x.Device || !o.tunnelled() {
+			continue
+		}
+		o.MTU = mtu
+		o.Plan.Tunnel = planTunnel(tunnelFacts{kind: o.Kind, device: o.Device, local: o.Local, remote: o.Remote, mtu: mtu})
+		if err := m.journal.put(&o.record); err != nil {
+			return err
+		}
 	}
 	if t := m.tunnels[x.Device]; t != nil {
 		return t.user.SetMTU(mtu)
 	}
-	return m.net.Replace(ctx, before[0], x.Plan.Tunnel[0])
+	return m.net.Apply(ctx, x.Plan.Tunnel[0])
 }
 
 // arm makes everything of a source but the switch.
