@@ -1,8 +1,8 @@
 package migrate
 
 import (
-	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/wanmig/wanmig/netredirect"
@@ -46,20 +47,29 @@ func (h Hooks) run(ctx context.Context, hook Hook, env []string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, h.Timeout)
 	defer cancel()
-	var out bytes.Buffer
+	var out head
 	cmd := exec.CommandContext(ctx, program, string(hook))
 	cmd.Env = append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "WANMIG_HOOK=" + string(hook)}, env...)
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.Dir = "/"
-	cmd.WaitDelay = time.Second // of children that hold its output open
-	if err := cmd.Run(); err != nil {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) } // with its children
+	cmd.WaitDelay = time.Second                                                          // of children that hold its output open
+	if err := cmd.Run(); err != nil && !errors.Is(err, exec.ErrWaitDelay) {              // it ended well, and left a child behind
 		if ctx.Err() != nil {
 			err = fmt.Errorf("it did not end in %v", h.Timeout)
 		}
-		text := strings.TrimSpace(strings.ToValidUTF8(out.String(), "?"))
-		return fmt.Errorf("hook %s: %s: %w: %s", hook, program, err, text[:min(len(text), maxHookOutput)])
+		return fmt.Errorf("hook %s: %s: %w: %s", hook, program, err, strings.TrimSpace(strings.ToValidUTF8(string(out), "?")))
 	}
 	return nil
+}
+
+// head keeps the beginning of a hook's output.
+type head []byte
+
+func (h *head) Write(b []byte) (int, error) {
+	*h = append(*h, b[:min(len(b), maxHookOutput-len(*h))]...)
+	return len(b), nil
 }
 
 // report logs the failure of a hook that nothing waits for.
