@@ -144,7 +144,7 @@ func probePacket(from, to netip.Addr, payload []byte, size int) ([]byte, error) 
 
 // readProbe takes a probe's packet apart; ok is false for any other.
 func readProbe(b []byte) (from, to netip.Addr, payload []byte, ok bool) {
-	if len(b) < 1 {
+	if len(b) < 1 || b[0]>>4 != 4 && b[0]>>4 != 6 {
 		return from, to, nil, false
 	}
 	first := layers.LayerTypeIPv4
