@@ -1,0 +1,261 @@
+//go:build lab
+
+package netredirect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestPlaceRefusesWhatIsNotTheVMs gives a peer that asks to redirect addresses of
+// the host itself, or the tunnel's own ends, nothing.
+func TestPlaceRefusesWhatIsNotTheVMs(t *testing.T) {
+	s := planSite(t)
+	m := s.manager()
+	from := addr("203.0.113.2")
+	nics := []NIC{{MAC: "52:54:00:00:00:01", Bridge: "br0", Tap: "v0"}}
+	for address, own := range map[string]bool{
+		"192.0.2.1": true, "2001:db8:1::1": true, "198.51.100.1": true, // of any device
+		"203.0.113.1": true, "203.0.113.2": true, // the tunnel's ends
+		"192.0.2.10": false, "2001:db8:1::10": false, "10.1.2.3": false, "2001:db8:77::1": false,
+	} {
+		ask := Ask{Options: Options{Kind: QUIC}, Outer: from, NICs: []NIC{{MAC: "52:54:00:00:00:01", Addresses: []netip.Addr{addr(address)}}}}
+		s.must(func() error {
+			offer, err := m.Answer(ask, nics, from)
+			if err != nil {
+				return err
+			}
+			if refused := len(offer.Steps) == 0; refused != own {
+				t.Errorf("%s is refused: %v, with %v", address, refused, offer.Findings)
+			}
+			return nil
+		})
+	}
+}
+
+// TestPoolLeavesOutTheHostsOwn chooses new addresses on a network where the
+// host has one, and knows its neighbours.
+func TestPoolLeavesOutTheHostsOwn(t *testing.T) {
+	s := planSite(t)
+	m := s.manager()
+	m.Pool = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8:1::/64")}
+	s.sh("ip neigh add 192.0.2.2 lladdr 52:54:00:00:00:99 dev br0 nud stale")
+	n := only(web(false), "10.0.0.1", "10.0.0.2", "2001:db8:77::1")
+	s.must(func() error {
+		mapped, err := m.map1to1([]hostNIC{n})
+		for own, want := range map[string]string{"10.0.0.1": "192.0.2.3", "10.0.0.2": "192.0.2.4", "2001:db8:77::1": "2001:db8:1::2"} {
+			if mapped[addr(own)] != addr(want) {
+				t.Errorf("%s is mapped to %v, not %s", own, mapped[addr(own)], want)
+			}
+		}
+		return err
+	})
+}
+
+// TestTwoRedirectsGetAddressesApart gives no address of the pool twice.
+func TestTwoRedirectsGetAddressesApart(t *testing.T) {
+	s := planSite(t)
+	m := s.manager()
+	m.Pool = []netip.Prefix{netip.MustParsePrefix("203.0.113.96/31")}
+	n := only(web(false), "10.0.0.1")
+	seen := map[netip.Addr]bool{}
+	for i := range 3 {
+		s.must(func() error {
+			mapped, err := m.map1to1([]hostNIC{n})
+			if (err != nil) != (i == 2) {
+				t.Errorf("redirect %d: %v, %v", i, mapped, err)
+			}
+			if to := mapped[addr("10.0.0.1")]; i < 2 && seen[to] {
+				t.Errorf("%s is given twice", to)
+			} else {
+				seen[to] = true
+			}
+			m.redirects[fmt.Sprint(i)] = m.newRedirect(&record{Move: fmt.Sprint(i), Mapped: mapped})
+			return nil
+		})
+	}
+}
+
+// TestSourceAsksFirst has the source of a VM ask how its tunnel stands before
+// this host was told that the VM has come.
+func TestSourceAsksFirst(t *testing.T) {
+	s := planSite(t)
+	m := s.manager()
+	x := m.newRedirect(&record{Move: "a", Peer: "p", Role: Destination, State: Standing, Mode: Keep, Kind: QUIC, Device: "wmqtest",
+		Options: Options{Kind: QUIC, Max: time.Hour, Quiet: time.Minute}})
+	x.setNICs([]hostNIC{web(true)})
+	m.redirects["a"] = x
+	ask := func() (reply syncReply) {
+		s.must(func() error {
+			answer, err := m.Inquire("p", "a", opSync, []byte(`{}`))
+			if err == nil {
+				reply = answer.(syncReply)
+			}
+			return err
+		})
+		return reply
+	}
+	if reply := ask(); reply.Remove || len(reply.Waits) != 1 {
+		t.Errorf("a tunnel that has just come into use: %+v", reply)
+	}
+	x.Deadline = time.Now().Add(-time.Second)
+	if reply := ask(); !reply.Remove {
+		t.Errorf("after its longest time: %+v", reply)
+	}
+}
+
+// TestResizeIsForAllThatShare changes the size of a tunnel that two redirects
+// use, as the second is made ready.
+func TestResizeIsForAllThatShare(t *testing.T) {
+	s := planSite(t)
+	m := s.manager()
+	var all []*redirect
+	for _, move := range []string{"a", "b"} {
+		x := m.newRedirect(&record{Move: move, Peer: "p", Role: Destination, State: Standing, Kind: QUIC, Device: "wmqtest",
+			Local: addr("203.0.113.1"), Remote: addr("203.0.113.2"), MTU: 1400})
+		x.Plan.Tunnel = planTunnel(tunnelFacts{kind: QUIC, device: x.Device, local: x.Local, remote: x.Remote, mtu: x.MTU})
+		m.redirects[move] = x
+		all = append(all, x)
+	}
+	s.must(func() error {
+		_, err := m.Serve(context.Background(), Arrival{VM: VM{Move: "b"}, Peer: Peer{ID: "p"}}, opResize, []byte(`{"mtu":1300}`))
+		return err
+	})
+	for _, x := range all {
+		if x.MTU != 1300 || x.Plan.Tunnel[0].Device.MTU != 1300 {
+			t.Errorf("%s: %d, planned %d", x.Move, x.MTU, x.Plan.Tunnel[0].Device.MTU)
+		}
+	}
+	for _, mtu := range []string{"-1", "0", "575", "9217", "1e9", "null"} {
+		s.must(func() error {
+			_, err := m.Serve(context.Background(), Arrival{VM: VM{Move: "b"}, Peer: Peer{ID: "p"}}, opResize, []byte(`{"mtu":`+mtu+`}`))
+			if err == nil || errors.Is(err, ErrUnknown) {
+				t.Errorf("MTU %s: %v", mtu, err)
+			}
+			return nil
+		})
+	}
+}
+
+// TestAnswer asks what a redirect to this host would be, where the VM is at home
+// and where it is foreign.
+func TestAnswer(t *testing.T) {
+	s := planSite(t)
+	m := s.manager()
+	m.Mode, m.Pool = New, []netip.Prefix{netip.MustParsePrefix("203.0.113.96/31")}
+	from := addr("203.0.113.2")
+	nics := []NIC{{MAC: "52:54:00:00:00:01", Bridge: "br0"}}
+	answer := func(from netip.Addr, list ...string) (offer Offer) {
+		ask := Ask{Options: Options{Kind: Auto}, Outer: addr("203.0.113.2"), NICs: []NIC{{MAC: "52:54:00:00:00:01", Bridge: "no/such bridge", Tap: "\n", Addresses: addrs(list...)}}}
+		s.must(func() (err error) {
+			offer, err = m.Answer(ask, nics, from)
+			return err
+		})
+		if err := offer.Validate(); err != nil {
+			t.Errorf("its own answer is refused: %v", err)
+		}
+		for _, step := range offer.Steps {
+			if strings.HasPrefix(step, "#") || strings.Contains(step, "no/such") {
+				t.Errorf("it would type %q", step)
+			}
+		}
+		return offer
+	}
+	if o := answer(from, "192.0.2.10", "2001:db8:1::10"); o.Mode != Keep || len(o.Mapped) != 0 || len(o.Steps) < 10 || len(o.Findings) != 0 || o.NAT || o.Outer != addr("203.0.113.1") {
+		t.Errorf("at home: %+v", o)
+	}
+	if o := answer(from, "10.0.0.1"); o.Mode != New || o.Mapped[addr("10.0.0.1")] != addr("203.0.113.96") || len(o.Findings) == 0 {
+		t.Errorf("foreign: %+v", o)
+	}
+	if o := answer(from, "10.0.0.1", "10.0.0.2", "10.0.0.3"); len(o.Steps) != 0 || len(o.Findings) != 1 || !o.Findings[0].Fatal {
+		t.Errorf("more than the pool has: %+v", o)
+	}
+	if o := answer(addr("203.0.113.7"), "192.0.2.10"); !o.NAT {
+		t.Errorf("behind address translation: %+v", o)
+	}
+	nics[0].MAC = "52:54:00:00:00:09"
+	if o := answer(from, "192.0.2.10"); len(o.Steps) != 0 || len(o.Findings) != 1 {
+		t.Errorf("no such interface here: %+v", o)
+	}
+	s.must(func() error {
+		if _, err := m.Answer(Ask{Options: Options{Kind: Auto}, NICs: make([]NIC, 1000)}, nics, from); err == nil {
+			t.Error("a thousand interfaces are accepted")
+		}
+		return nil
+	})
+}
+
+// TestOpenRefusesBeforeItChanges asks for what can't be, and looks that nothing
+// has come of it.
+func TestOpenRefusesBeforeItChanges(t *testing.T) {
+	s := planSite(t)
+	m := s.manager()
+	s.sh("ip link add " + deviceName("p", IPIP) + " type bridge")
+	before := s.dump()
+	arrival := Arrival{VM: VM{Move: "a", UUID: "u"}, Peer: Peer{ID: "p", Address: addr("203.0.113.2")}, NICs: []NIC{{MAC: "52:54:00:00:00:01", Bridge: "br0", Tap: "v0"}}}
+	open := func(mac, address, kind string) string {
+		return `{"kind":"` + kind + `","mtu":1400,"options":{"kind":"auto"},"nics":[{"mac":"` + mac + `","bridge":"lo","tap":"lo","addresses":["` + address + `"]}]}`
+	}
+	for name, c := range map[string]struct{ op, body string }{
+		"the host's address":   {opOpen, open("52:54:00:00:00:01", "192.0.2.1", "quic")},
+		"the peer's address":   {opOpen, open("52:54:00:00:00:01", "203.0.113.2", "quic")},
+		"loopback":             {opOpen, open("52:54:00:00:00:01", "127.0.0.1", "quic")},
+		"IPv4 in IPv6":         {opOpen, open("52:54:00:00:00:01", "::ffff:192.0.2.10", "quic")},
+		"an interface of none": {opOpen, open("52:54:00:00:00:09", "192.0.2.10", "quic")},
+		"a device of others":   {opOpen, open("52:54:00:00:00:01", "192.0.2.10", "ipip")},
+		"no kind":              {opOpen, open("52:54:00:00:00:01", "192.0.2.10", "gre")},
+		"not opened":           {opArm, `{}`},
+		"no size to change":    {opResize, `{"mtu":1400}`},
+		"no operation":         {"reboot", `{}`},
+		"no message":           {opOpen, `[`},
+		"nothing":              {opOpen, ``},
+	} {
+		s.must(func() error {
+			if _, err := m.Serve(context.Background(), arrival, c.op, []byte(c.body)); err == nil {
+				t.Errorf("%s: accepted", name)
+			}
+			return nil
+		})
+		if len(m.redirects) != 0 {
+			t.Errorf("%s: a redirect is left", name)
+		}
+	}
+	sameDump(t, "after", before, s.dump())
+	if records, err := m.journal.all(); err != nil || len(records) != 0 {
+		t.Errorf("journal: %v, %v", records, err)
+	}
+	for _, peer := range []string{"p", ""} { // ends what is not there, and asks of it
+		if _, err := m.Inquire(peer, "a", opSync, []byte(`{}`)); !errors.Is(err, ErrUnknown) {
+			t.Errorf("asked by %q: %v", peer, err)
+		}
+		if _, err := m.Serve(context.Background(), arrival, opEnd, []byte(`[`)); err != nil {
+			t.Errorf("ended: %v", err)
+		}
+	}
+	m.redirects["a"] = m.newRedirect(&record{Move: "a", Peer: "p", Role: Destination, State: Standing})
+	if _, err := m.Inquire("other", "a", opEnd, []byte(`{}`)); !errors.Is(err, ErrUnknown) {
+		t.Errorf("another peer ends it: %v", err)
+	}
+}
+
+// TestGuestClaimsAHostsAddress has a VM at its source say that it has the
+// host's address, or the other host's.
+func TestGuestClaimsAHostsAddress(t *testing.T) {
+	s := planSite(t)
+	m := s.manager()
+	peer := addr("203.0.113.2")
+	for address, ok := range map[string]bool{"192.0.2.10": true, "192.0.2.1": false, "203.0.113.1": false, "203.0.113.2": false} {
+		s.must(func() error {
+			ask, findings := m.Ask(Options{Kind: Auto}, []NIC{{MAC: "52:54:00:00:00:01", Bridge: "br0", Tap: "v0", Addresses: addrs(address)}}, peer)
+			if (len(ask.NICs) == 1) != ok || len(findings) == 0 != ok {
+				t.Errorf("%s: %+v, %+v", address, ask.NICs, findings)
+			}
+			return nil
+		})
+	}
+}
