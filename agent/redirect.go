@@ -26,6 +26,9 @@ func (a *agent) startRedirects(ctx context.Context) (*netredirect.Manager, error
 			return a.engine.CallRedirect(ctx, site, peer, move, op, request, reply)
 		},
 		Present: a.present,
+		NICs: func(ctx context.Context, uuid string) ([]netredirect.NIC, error) {
+			return a.engine.NICs(ctx, uuid)
+		},
 		Settled: func(s netredirect.Status) { a.engine.Settled(s) },
 		Log:     a.log}
 	if d := a.config.DNS; d != nil {

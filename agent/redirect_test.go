@@ -30,7 +30,7 @@ func withRedirects(t *testing.T, records ...string) func(Config) {
 		}
 		for i, r := range records {
 			move := fmt.Sprintf("mv-redirect%d", i)
-			text := fmt.Sprintf(`{"move":%q,"vm":"vm%d","uuid":"u%d","site":"south","kind":"ipip","device":"wmk%d","options":{"kind":"ipip","quiet_ns":1000000000},
+			text := fmt.Sprintf(`{"move":%q,"vm":"vm%d","uuid":"u%d","site":"south","priority":7000,"kind":"ipip","device":"wmk%d","options":{"kind":"ipip","quiet_ns":1000000000},
 				"began":"2026-01-02T03:04:0%dZ","deadline":%q,%s}`, move, i, i, i, i, time.Now().Add(time.Hour).Format(time.RFC3339), r)
 			if err := os.WriteFile(filepath.Join(dir, move+".json"), []byte(text), 0o600); err != nil {
 				t.Fatal(err)
@@ -47,7 +47,7 @@ func withRedirects(t *testing.T, records ...string) func(Config) {
 
 func TestRedirectsAreServed(t *testing.T) {
 	client, _ := start(t, "north", withRedirects(t,
-		`"role":"source","state":"standing","nics":[{"mac":"52:54:00:00:00:01","bridge":"br0","addresses":["192.0.2.10","2001:db8::10"]}]`,
+		`"role":"source","state":"standing","nics":[{"mac":"52:54:00:00:00:01","bridge":"br0","bridge_mac":"02:00:00:00:00:01","addresses":["192.0.2.10","2001:db8::10"]}]`,
 		`"role":"destination","state":"standing"`,
 		`"role":"destination","state":"resident"`))
 	ctx := t.Context()

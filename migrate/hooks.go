@@ -97,7 +97,8 @@ func (s *source) hookEnv() []string {
 	for _, n := range s.redirect.ask.NICs {
 		addrs = append(addrs, n.Addresses...)
 	}
-	return hookEnv(s.entry.Move, s.dom.Name, s.dom.UUID, "source", s.Site, s.req.To, addrs, s.redirect.offer.Mapped)
+	_, mapped := s.Redirects.AddressesOf(s.entry.Move) // those offered before the move may have been given to another VM
+	return hookEnv(s.entry.Move, s.dom.Name, s.dom.UUID, "source", s.Site, s.req.To, addrs, mapped)
 }
 
 func (in *incoming) hookEnv() []string {

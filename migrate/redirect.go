@@ -77,6 +77,7 @@ func (s *source) askRedirect(ctx context.Context) (netredirect.Ask, []Finding, e
 		return netredirect.Ask{}, nil, err
 	}
 	ask, found := s.Redirects.Ask(o, nics, peer)
+	ask.UUID = s.dom.UUID
 	return ask, append(findings, redirectFindings(found)...), nil
 }
 
@@ -273,6 +274,12 @@ func (e *Engine) offerRedirect(ctx context.Context, session *tunnel.Session, ask
 	}
 	offer, err := e.Redirects.Answer(*ask.Redirect, nicsOf(list), from)
 	return &offer, err
+}
+
+// NICs are those of a VM at this host, without addresses.
+func (e *Engine) NICs(ctx context.Context, uuid string) ([]netredirect.NIC, error) {
+	list, err := e.Host.NICs(ctx, uuid)
+	return nicsOf(list), err
 }
 
 func nicsOf(list []hypervisor.NIC) []netredirect.NIC {

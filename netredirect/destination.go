@@ -41,7 +41,7 @@ func (m *Manager) Answer(ask Ask, nics []NIC, from netip.Addr) (Offer, error) {
 		o.Findings = append(o.Findings, Finding{Check: "redirect", Problem: fmt.Sprintf("connections break, at %s: %v", m.Site, err), Remedy: "name the VM's addresses with --address"})
 		return o, nil
 	}
-	here, err := m.place(ask.NICs, nics)
+	here, err := m.place(ask.UUID, ask.NICs, nics)
 	if err != nil {
 		o.Findings = append(o.Findings, Finding{Check: "redirect", Problem: fmt.Sprintf("connections break: %v", err), Remedy: "attach the VM to a Linux bridge there with --network"})
 		return o, nil
@@ -68,6 +68,7 @@ func (m *Manager) Answer(ask Ask, nics []NIC, from netip.Addr) (Offer, error) {
 	plan := planDestination(destinationNeeds{priority: topPriority, device: device, nics: here, egress: m.egress(ask.Options), mapped: o.Mapped})
 	plan.Tunnel = planTunnel(tunnelFacts{kind: kind, device: device, local: outer, remote: from, mtu: tunnelMTU(kind, from, 0)})
 	o.Steps = m.typed(plan)
+	_, o.Findings = m.routable(NIC{Addresses: addressesOf(here)}, o.Findings)
 	o.Findings = append(o.Findings, m.settleFindings(o.Mode, here)...)
 	return o, nil
 }
@@ -104,7 +105,7 @@ func (m *Manager) egress(o Options) Egress {
 }
 
 // place finds each of the VM's NICs, with its addresses, on this host's bridges.
-func (m *Manager) place(there, here []NIC) ([]hostNIC, error) {
+func (m *Manager) place(uuid string, there, here []NIC) ([]hostNIC, error) {
 	var all []hostNIC
 	for _, t := range there {
 		i := slices.IndexFunc(here, func(n NIC) bool { return strings.EqualFold(n.MAC, t.MAC) })
@@ -120,9 +121,24 @@ func (m *Manager) place(there, here []NIC) ([]hostNIC, error) {
 		home := !slices.ContainsFunc(n.Addresses, func(a netip.Addr) bool {
 			return !slices.ContainsFunc(b.Prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
 		})
-		all = append(all, hostNIC{NIC: n, bridgeMAC: b.MAC.String(), home: home})
+		all = append(all, hostNIC{NIC: n, bridgeMAC: b.MAC.String(), home: home || m.leftFrom(uuid, n)})
 	}
 	return all, nil
+}
+
+// leftFrom reports whether a VM has left this host from the same bridge, where it
+// was at home: the bridge itself need have no address.
+func (m *Manager) leftFrom(uuid string, n NIC) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, x := range m.redirects {
+		if x.UUID == uuid && x.Role == Source && slices.ContainsFunc(x.NICs, func(o nic) bool {
+			return strings.EqualFold(o.MAC, n.MAC) && o.Bridge == n.Bridge && o.Served == ""
+		}) {
+			return true
+		}
+	}
+	return false
 }
 
 // map1to1 chooses a free address of the pool for each foreign one of the VM.
@@ -244,7 +260,7 @@ func (m *Manager) serveOpen(ctx context.Context, a Arrival, ask openRequest) (an
 	if err := checkClaims(ask.NICs, a.Peer.Address); err != nil {
 		return nil, err
 	}
-	here, err := m.place(ask.NICs, a.NICs)
+	here, err := m.place(a.UUID, ask.NICs, a.NICs)
 	if err != nil {
 		return nil, err
 	}
@@ -265,6 +281,9 @@ func (m *Manager) serveOpen(ctx context.Context, a Arrival, ask openRequest) (an
 func (m *Manager) serveArm(ctx context.Context, x *redirect, a Arrival) (any, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.redirects[x.Move] != x {
+		return nil, ErrUnknown // its move ended meanwhile
+	}
 	if x.State != Opening {
 		return nil, fmt.Errorf("the redirect of %s is %s", x.Move, x.State)
 	}
@@ -314,6 +333,9 @@ func (m *Manager) Inquire(peer, move, op string, body []byte) (any, error) {
 		}
 		return x.serveSync(r)
 	case opEnd:
+		if !x.lives() {
+			return nil, ErrUnknown
+		}
 		if x.Role == Destination {
 			x.finish("the source has removed it")
 		} else {
@@ -332,13 +354,22 @@ func (x *redirect) serveSync(r syncRequest) (any, error) {
 	const longest = 365 * 24 * time.Hour
 	x.peerIdle, x.peerSeen, x.peerWaits, x.lastSync = min(max(r.Idle, 0), longest), r.RouteSeen, bounded(r.Waits), time.Now()
 	x.see.Unlock()
-	if r.Draining {
+	if r.Draining && x.state() == Standing {
 		x.Drain()
 	}
 	remove, waits := decide(x.situation())
+	x.m.mu.Lock()
+	defer x.m.mu.Unlock()
 	x.see.Lock()
 	defer x.see.Unlock()
 	return syncReply{Remove: remove && len(x.peerWaits) == 0, Waits: append(waits, x.peerWaits...), Serving: x.servingLocked(), Flows: x.flows}, nil
+}
+
+// lives reports whether the redirect's move is over.
+func (x *redirect) lives() bool {
+	x.m.mu.Lock()
+	defer x.m.mu.Unlock()
+	return x.living
 }
 
 func (x *redirect) tunnelledNow() bool {
@@ -347,7 +378,7 @@ func (x *redirect) tunnelledNow() bool {
 	return x.tunnelled()
 }
 
-// servingLocked reports whether new packets find the VM here. Called with see held.
+// servingLocked reports whether new packets find the VM here. Called with both locks held.
 func (x *redirect) servingLocked() bool {
 	return x.home() || len(x.Announced) > 0 && x.problems["BGP"] == ""
 }

@@ -20,7 +20,9 @@ type redirect struct {
 	responders []*neighbour.Responder
 	stopWork   context.CancelFunc // of its goroutines
 	ctx        context.Context
-	living     bool // live runs
+	living     bool       // live runs
+	whole      bool       // everything of it was made again after the agent's start
+	naming     sync.Mutex // one looks for names at a time
 
 	see       sync.Mutex // of what follows
 	problems  map[string]string
@@ -36,7 +38,6 @@ type redirect struct {
 // traffic is when packets of the VM last passed the tunnel, by its counters.
 type traffic struct {
 	packets uint64
-	bytes   uint64
 	in, out hostnet.Counter
 	at      time.Time
 }
@@ -65,13 +66,18 @@ func (x *redirect) standing() []hostnet.Step {
 	return x.Plan.steps()
 }
 
-// rest ends what runs in this program for a redirect, not what stands in the kernel.
-func (x *redirect) rest() {
-	x.stopWork()
+// silence ends the answers to the VM.
+func (x *redirect) silence() {
 	for _, r := range x.responders {
 		r.Close()
 	}
 	x.responders = nil
+}
+
+// rest ends what runs in this program for a redirect, not what stands in the kernel.
+func (x *redirect) rest() {
+	x.stopWork()
+	x.silence()
 }
 
 // respond starts to answer the VM's questions for its neighbours, at a destination.
@@ -93,6 +99,7 @@ func (x *redirect) respond() error {
 		}
 		r, err := neighbour.NewResponder(n.Tap, vm, bridge, n.Addresses, x.m.Log)
 		if err != nil {
+			x.silence()
 			return fmt.Errorf("answer the VM on %s: %w", n.Tap, err)
 		}
 		x.responders = append(x.responders, r)
@@ -117,11 +124,16 @@ func (x *redirect) tellGateways() error {
 	return errors.Join(errs...)
 }
 
+// maxTold is how many neighbours a VM is told of when it comes home.
+const maxTold = 64
+
 // tellNeighbours corrects the entries of a VM that has come home: it was told at
-// the other host that everybody is at the bridge there.
-func (x *redirect) tellNeighbours() error {
+// the other host that everybody is at the bridge there. Until then what it sends
+// there is taken by the plan's return table.
+func (x *redirect) tellNeighbours(nics []hostNIC) error {
 	var errs []error
-	for _, n := range x.hostNICs() {
+	told := 0
+	for _, n := range nics {
 		if !n.home || n.Served == "" {
 			continue
 		}
@@ -137,7 +149,8 @@ func (x *redirect) tellNeighbours() error {
 			known[p.Addr()] = bridge.MAC
 		}
 		for a, mac := range known {
-			if !slices.Contains(n.Addresses, a) && validateAddress(a) == nil {
+			if told < maxTold && !slices.Contains(n.Addresses, a) && validateAddress(a) == nil {
+				told++
 				errs = append(errs, neighbour.AnnounceOnce(n.Tap, mac, []netip.Addr{a}))
 			}
 		}
@@ -171,16 +184,25 @@ func (x *redirect) Switch() {
 	if x.State != Armed {
 		return
 	}
-	// Its journal entry has every step since it was armed.
-	if _, err := x.m.net.ApplyAll(x.m.ctx, x.Plan.Switch); err != nil {
-		x.problem("switching", err)
+	ctx, cancel := x.m.hurry()
+	defer cancel()
+	_, err := x.m.net.ApplyAll(ctx, x.Plan.Switch)
+	x.problem("switching", err)
+	if err != nil {
+		// The end of the stop tries again, and so does stand.
 		x.m.Log.Error("redirect not switched: connections to the VM hang", "move", x.Move, "error", err)
+		return
 	}
 	x.announce(func(n hostNIC) string { return n.bridgeMAC })
 	x.State, x.Switched = Standing, time.Now()
-	if err := x.m.journal.put(&x.record); err != nil {
-		x.problem("journal", err)
-	}
+	// Its journal entry has every step since it was armed: this one can wait.
+	x.m.work.Go(func() { x.change(func(*record) {}) })
+}
+
+// hurry is the context of changes that a stopped VM waits for. They are made
+// also when the agent is told to stop.
+func (m *Manager) hurry() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(m.ctx), 5*time.Second)
 }
 
 // Resuming makes the last changes before the VM runs here, at the destination.
@@ -190,8 +212,10 @@ func (x *redirect) Resuming() {
 	if x.State != Armed {
 		return
 	}
-	_, err := x.m.net.ApplyAll(x.m.ctx, x.Plan.Switch)
-	if err = errors.Join(err, x.tellGateways(), x.tellNeighbours()); err != nil {
+	ctx, cancel := x.m.hurry()
+	defer cancel()
+	_, err := x.m.net.ApplyAll(ctx, x.Plan.Switch)
+	if err = errors.Join(err, x.tellGateways()); err != nil {
 		x.problem("switching", err)
 		x.m.Log.Error("redirect not whole", "move", x.Move, "error", err)
 	}
@@ -221,6 +245,9 @@ func (x *redirect) stand() {
 		x.m.Log.Error("redirect not in the journal", "move", x.Move, "error", err)
 	}
 	x.m.closePredecessors(x)
+	if nics := x.hostNICs(); x.Role == Destination {
+		x.m.work.Go(func() { x.problem("neighbours", x.tellNeighbours(nics)) })
+	}
 	x.m.work.Go(x.live)
 }
 
@@ -244,14 +271,15 @@ func (x *redirect) Undo(why string) {
 	}
 }
 
-// closePredecessors ends what earlier redirects of the same VM did here: at the
-// destination of a move back those that sent its packets away.
+// closePredecessors ends what earlier redirects of the same VM did at the host
+// to which it has come back: those that sent its packets away, and those that
+// served it when it was here before.
 func (m *Manager) closePredecessors(x *redirect) {
 	if x.Role != Destination {
 		return
 	}
 	for _, old := range m.redirects {
-		if old != x && old.UUID == x.UUID && old.Role == Source {
+		if old.UUID == x.UUID && old.before(x) {
 			if err := m.removeLocked(old, "the VM is back"); err != nil {
 				m.Log.Error("earlier redirect not removed", "move", old.Move, "error", err)
 			}
@@ -263,6 +291,9 @@ func (m *Manager) closePredecessors(x *redirect) {
 		}
 	}
 }
+
+// before reports whether a redirect is an earlier one.
+func (x *redirect) before(other *redirect) bool { return x != other && x.Began.Before(other.Began) }
 
 // prefixes are the VM's addresses as host routes.
 func (x *redirect) prefixes() []netip.Prefix {

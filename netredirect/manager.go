@@ -32,6 +32,8 @@ type Config struct {
 	Call func(ctx context.Context, site, peer, move, op string, request, reply any) error
 	// Present tells whether a VM is still at this host.
 	Present func(ctx context.Context, uuid string) (bool, error)
+	// NICs are those of a VM at this host, without addresses.
+	NICs func(ctx context.Context, uuid string) ([]NIC, error)
 	// Settled is called when the tunnel of a redirect is gone.
 	Settled func(Status)
 	Log     *slog.Logger
@@ -50,7 +52,6 @@ type Manager struct {
 	mu        sync.Mutex // of what follows, and of every change of the host's network
 	redirects map[string]*redirect
 	tunnels   map[string]*carried // by device
-	problems  []string            // what keeps the whole from working, for status
 }
 
 // Start reads the journal and makes again what stood when the agent ended. The
@@ -66,6 +67,7 @@ func Start(ctx context.Context, c Config) (*Manager, error) {
 		m.Log.Error("redirect not repaired", "error", err)
 	}
 	var announced []netip.Prefix
+	slices.SortFunc(records, func(a, b *record) int { return a.Began.Compare(b.Began) })
 	for _, r := range records {
 		m.redirects[r.Move] = m.newRedirect(r)
 		announced = append(announced, r.Announced...)
@@ -80,8 +82,8 @@ func Start(ctx context.Context, c Config) (*Manager, error) {
 			return nil, errors.Join(err, m.stop())
 		}
 	}
-	for _, x := range m.redirects {
-		m.restore(x)
+	for _, r := range records { // in the order in which they were made
+		m.restore(m.redirects[r.Move])
 	}
 	return m, nil
 }
@@ -117,7 +119,7 @@ func (m *Manager) stop() error {
 func (m *Manager) restore(x *redirect) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if x.State == Opening {
+	if x.State == Opening || x.Removing {
 		if err := m.removeLocked(x, "its agent ended before it was ready"); err != nil {
 			x.problem("removing", err)
 			return
@@ -127,7 +129,9 @@ func (m *Manager) restore(x *redirect) {
 	if x.State == Armed {
 		return // its move is over, and Decide tells how
 	}
-	if err := m.standLocked(x); err != nil {
+	err := m.standLocked(x)
+	x.whole = err == nil
+	if err != nil { // mend tries again
 		x.problem("restoring", err)
 		m.Log.Error("redirect not whole after the agent's start", "move", x.Move, "vm", x.VM, "error", err)
 	}
@@ -152,7 +156,9 @@ func (m *Manager) standLocked(x *redirect) error {
 	if x.State != Armed {
 		steps = append(steps, x.Plan.Switch...)
 	}
-	_, err := m.net.ApplyAll(m.ctx, steps)
+	ctx, cancel := m.hurry()
+	defer cancel()
+	_, err := m.net.ApplyAll(ctx, steps)
 	return errors.Join(err, x.respond())
 }
 
@@ -205,6 +211,7 @@ func (m *Manager) add(r *record) (*redirect, error) {
 		return nil, fmt.Errorf("%d redirects stand here: end some with wanmig redirect cut", len(m.redirects))
 	}
 	x := m.newRedirect(r)
+	x.whole = true // from now on
 	m.redirects[r.Move] = x
 	return x, nil
 }
@@ -212,6 +219,9 @@ func (m *Manager) add(r *record) (*redirect, error) {
 // apply journals a plan and makes the steps that are given, which are part of it.
 // Called with the lock held.
 func (m *Manager) apply(ctx context.Context, x *redirect, steps []hostnet.Step) error {
+	if m.redirects[x.Move] != x {
+		return ErrUnknown // it was removed meanwhile
+	}
 	if err := m.journal.put(&x.record); err != nil {
 		return err
 	}
@@ -233,7 +243,9 @@ func (m *Manager) revert(x *redirect, steps []hostnet.Step) error {
 		}
 		return false
 	}
-	return m.net.RevertAll(context.WithoutCancel(m.ctx), slices.DeleteFunc(slices.Clone(steps), shared))
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(m.ctx), 30*time.Second)
+	defer cancel()
+	return m.net.RevertAll(ctx, slices.DeleteFunc(slices.Clone(steps), shared))
 }
 
 // rememberSysctls fills in what the settings of a plan were before: what another
@@ -274,7 +286,9 @@ func (m *Manager) before(key string) (string, bool) {
 // removeLocked undoes everything of a redirect and forgets it.
 func (m *Manager) removeLocked(x *redirect, why string) error {
 	x.rest()
-	err := m.revert(x, x.standing())
+	x.Removing = true // whatever happens now, the next start goes on with it
+	err := m.journal.put(&x.record)
+	err = errors.Join(err, m.revert(x, x.standing()))
 	delete(m.redirects, x.Move)
 	err = errors.Join(err, m.uncarry(x.Device))
 	m.openGates()
@@ -290,4 +304,8 @@ func (m *Manager) removeLocked(x *redirect, why string) error {
 	return m.journal.remove(x.Move)
 }
 
-const pollEvery = time.Second
+// How often a redirect is looked at while its tunnel stands, and afterwards.
+const (
+	pollEvery    = time.Second
+	pollResident = 5 * time.Second
+)

@@ -166,6 +166,10 @@ func TestAnswer(t *testing.T) {
 		}
 		return offer
 	}
+	if o := answer(from, "192.0.2.10", "2001:db8:1::10"); len(o.Findings) != 1 || !strings.Contains(o.Findings[0].Remedy, "net.ipv6.conf.all.forwarding") {
+		t.Errorf("IPv6 is not forwarded here: %+v", o.Findings)
+	}
+	s.sh("echo 1 > /proc/sys/net/ipv6/conf/all/forwarding")
 	if o := answer(from, "192.0.2.10", "2001:db8:1::10"); o.Mode != Keep || len(o.Mapped) != 0 || len(o.Steps) < 10 || len(o.Findings) != 0 || o.NAT || o.Outer != addr("203.0.113.1") {
 		t.Errorf("at home: %+v", o)
 	}

@@ -38,6 +38,7 @@ type record struct {
 	NICs     []nic      `json:"nics"`
 	Plan     Plan       `json:"plan"`
 
+	Removing bool      `json:"removing,omitempty"` // it is being undone
 	Began    time.Time `json:"began"`
 	Switched time.Time `json:"switched,omitzero"`
 	Deadline time.Time `json:"deadline,omitzero"`

@@ -16,10 +16,8 @@ import (
 // live watches a redirect after its VM has moved, and ends it when it is not
 // needed any more. One goroutine a redirect.
 func (x *redirect) live() {
-	tick := time.NewTicker(pollEvery)
-	defer tick.Stop()
 	for {
-		done := false
+		done, pause := false, pollEvery
 		switch x.Role {
 		case Source:
 			done = x.liveSource()
@@ -29,23 +27,28 @@ func (x *redirect) live() {
 		if done {
 			return
 		}
+		if x.state() == Resident {
+			pause = pollResident
+		}
 		select {
 		case <-x.ctx.Done():
 			return
-		case <-tick.C:
+		case <-time.After(pause):
 		}
 	}
 }
 
 // watchTraffic notes when the VM's packets last passed the tunnel here.
 func (x *redirect) watchTraffic() {
+	x.m.mu.Lock()
 	table := x.table()
+	x.m.mu.Unlock()
 	if table == nil {
 		return
 	}
-	x.m.mu.Lock()
-	counters, err := x.m.net.Counters(x.ctx, *table)
-	x.m.mu.Unlock()
+	ctx, cancel := context.WithTimeout(x.ctx, 5*time.Second)
+	defer cancel()
+	counters, err := x.m.net.Counters(ctx, *table)
 	x.problem("counting", err)
 	if err != nil {
 		return
@@ -77,6 +80,7 @@ func (x *redirect) idle() time.Duration {
 
 // liveSource asks the destination whether the tunnel is still needed.
 func (x *redirect) liveSource() (done bool) {
+	x.mend()
 	x.watchTraffic()
 	seen := x.routeSeen()
 	retiring := x.m.retireNames(x)
@@ -95,7 +99,7 @@ func (x *redirect) liveSource() (done bool) {
 		return x.finish("its longest time is over")
 	}
 	if err == nil && reply.Serving {
-		x.problem("BGP", x.m.retireRoutes(x.UUID))
+		x.problem("BGP", x.m.retireRoutes(x))
 	}
 	if err == nil {
 		x.see.Lock()
@@ -156,7 +160,7 @@ func (x *redirect) finish(why string) (done bool) {
 		err = x.m.removeLocked(x, why)
 	}
 	if err == nil && x.Role == Source {
-		err = x.m.endResidence(x.UUID)
+		err = x.m.endResidence(x)
 	}
 	x.m.mu.Unlock()
 	if err != nil {
@@ -169,7 +173,9 @@ func (x *redirect) finish(why string) (done bool) {
 			x.m.Log.Warn("the destination does not know that the tunnel is removed", "move", x.Move, "error", err)
 		}
 	}
-	x.m.Settled(status)
+	if err == nil {
+		x.m.Settled(status)
+	}
 	return !resident
 }
 
@@ -179,8 +185,10 @@ func (x *redirect) endTunnel(why string) error {
 	if !x.tunnelled() {
 		return nil
 	}
+	before := x.State
 	x.State = Resident
 	if err := x.m.journal.put(&x.record); err != nil {
+		x.State = before
 		return err
 	}
 	err := x.m.revert(x, slices.Concat(x.Plan.Tunnel, x.Plan.Arm))
@@ -191,24 +199,25 @@ func (x *redirect) endTunnel(why string) error {
 }
 
 // endResidence ends what an earlier redirect does for a VM that lived here and
-// has left. Called with the lock held.
-func (m *Manager) endResidence(uuid string) error {
+// has left by redirect x. Called with the lock held.
+func (m *Manager) endResidence(x *redirect) error {
 	var errs []error
 	for _, old := range m.redirects {
-		if old.UUID == uuid && old.Role == Destination {
+		if old.UUID == x.UUID && old.Role == Destination && old.before(x) {
 			errs = append(errs, m.leave(old, "the VM has moved on"))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// retireRoutes withdraws what this host announces of a VM that has moved on.
-func (m *Manager) retireRoutes(uuid string) error {
+// retireRoutes withdraws what this host announces of a VM that has moved on by
+// redirect x.
+func (m *Manager) retireRoutes(x *redirect) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var errs []error
 	for _, old := range m.redirects {
-		if old.UUID == uuid && old.Role == Destination && len(old.Announced) > 0 && m.bgp != nil {
+		if old.UUID == x.UUID && old.Role == Destination && old.before(x) && len(old.Announced) > 0 && m.bgp != nil {
 			errs = append(errs, m.bgp.Withdraw(m.ctx, old.Announced))
 		}
 	}
@@ -218,24 +227,27 @@ func (m *Manager) retireRoutes(uuid string) error {
 // retireNames gives the names of a VM that lived here at new addresses, and has
 // left by redirect x, their old ones. It returns what is not done yet.
 func (m *Manager) retireNames(x *redirect) (waits []string) {
+	ctx, cancel := context.WithTimeout(x.ctx, dnsPatience)
+	defer cancel()
 	m.mu.Lock()
-	var olds []*redirect
+	olds := map[*redirect]record{}
 	for _, old := range m.redirects {
-		if old.UUID == x.UUID && old.Role == Destination && old.Mode == New && len(old.Names) > 0 && m.dns != nil {
-			olds = append(olds, old)
+		if old.UUID == x.UUID && old.Role == Destination && old.Mode == New && old.before(x) && len(old.Names) > 0 && m.dns != nil {
+			olds[old] = old.record
 		}
 	}
 	m.mu.Unlock()
-	for _, old := range olds {
+	for o, old := range olds {
 		if old.NameBack.IsZero() {
-			err := m.dns.MoveBack(x.ctx, old.Names, old.Mapped)
+			err := m.dns.MoveBack(ctx, old.Names, old.Mapped)
 			if err != nil && !errors.Is(err, names.ErrReverse) {
 				x.problem("DNS", err)
 				waits = append(waits, "the VM's names are not back at its own addresses yet")
 				continue
 			}
 			x.problem("DNS", nil)
-			old.change(func(r *record) { r.NameBack = time.Now() })
+			old.NameBack = time.Now()
+			o.change(func(r *record) { r.NameBack = old.NameBack })
 		}
 		if left := time.Until(old.NameBack.Add(old.oldTTL())); left > 0 {
 			waits = append(waits, fmt.Sprintf("caches may have the addresses that the VM had here for %v more", left.Round(time.Second)))
@@ -244,8 +256,12 @@ func (m *Manager) retireNames(x *redirect) (waits []string) {
 	return waits
 }
 
+// dnsPatience is for everything that is asked of DNS at a time.
+const dnsPatience = 30 * time.Second
+
 // leave removes a destination's redirect with its routes. Called with the lock held.
 func (m *Manager) leave(x *redirect, why string) error {
+	x.stopWork() // or it announces again
 	if m.bgp != nil && len(x.Announced) > 0 {
 		if err := m.bgp.Withdraw(m.ctx, x.Announced); err != nil {
 			return err
@@ -256,6 +272,7 @@ func (m *Manager) leave(x *redirect, why string) error {
 
 // liveDestination moves names and routes, and judges.
 func (x *redirect) liveDestination() (done bool) {
+	x.mend()
 	present, err := x.m.Present(x.ctx, x.UUID)
 	if err == nil && !present && !x.leaving() {
 		x.m.mu.Lock()
@@ -271,20 +288,74 @@ func (x *redirect) liveDestination() (done bool) {
 		return false
 	}
 	x.watchTraffic()
+	if x.leaving() {
+		return false // its names and routes are the later redirect's to move
+	}
 	x.moveNames()
 	x.moveRoutes()
 	remove, waits := decide(x.situation())
 	x.see.Lock()
-	x.waits = append(waits, x.peerWaits...)
-	remove = remove && len(x.peerWaits) == 0
+	const patience = 30 * time.Second // the source asks every few seconds
 	silent := time.Since(x.lastSync)
+	if silent < patience {
+		waits = append(waits, x.peerWaits...)
+	}
+	remove = remove && len(waits) == 0
+	x.waits = waits
 	x.see.Unlock()
 	x.goDirect()
-	const patience = 30 * time.Second // the source asks every few seconds
 	if remove && silent > patience {
 		x.finish("nothing uses it, and the source is silent")
 	}
 	return false
+}
+
+// mend makes again what could not be made at the agent's start, when a bridge was
+// not there yet, say; and follows a VM that was restarted to its new taps.
+func (x *redirect) mend() {
+	var here []NIC
+	if x.Role == Destination {
+		here, _ = x.m.NICs(x.ctx, x.UUID) // its absence is judged elsewhere
+	}
+	x.m.mu.Lock()
+	defer x.m.mu.Unlock()
+	if x.m.redirects[x.Move] != x {
+		return
+	}
+	moved := false
+	nics := x.hostNICs()
+	for i, n := range nics {
+		for _, h := range here {
+			if h.MAC == n.MAC && h.Tap != "" && h.Tap != n.Tap {
+				nics[i].Tap, moved = h.Tap, true
+			}
+		}
+	}
+	switch {
+	case moved:
+		x.problem("restoring", x.retap(nics))
+	case !x.whole:
+		err := x.m.standLocked(x)
+		x.problem("restoring", err)
+		x.whole = err == nil
+	}
+}
+
+// retap plans a destination anew for other taps. Called with the lock held.
+func (x *redirect) retap(nics []hostNIC) error {
+	err := x.m.revert(x, slices.Concat(x.Plan.Stay, x.Plan.Arm, x.Plan.Switch))
+	x.silence()
+	x.setNICs(nics)
+	egress := x.m.egress(x.Options)
+	if x.home() || x.Direct {
+		egress = EgressDirect
+	}
+	plan := planDestination(x.needs(egress))
+	var err1, err2 error
+	x.Plan.Stay, err1 = x.m.rememberSysctls(plan.Stay)
+	x.Plan.Arm, err2 = x.m.rememberSysctls(plan.Arm)
+	x.Plan.Switch = plan.Switch
+	return errors.Join(err, err1, err2, x.m.journal.put(&x.record), x.m.standLocked(x))
 }
 
 // leaving reports whether the VM has moved on from here by a later redirect,
@@ -293,7 +364,7 @@ func (x *redirect) leaving() bool {
 	x.m.mu.Lock()
 	defer x.m.mu.Unlock()
 	for _, later := range x.m.redirects {
-		if later.UUID == x.UUID && later.Role == Source {
+		if later.UUID == x.UUID && later.Role == Source && x.before(later) {
 			return true
 		}
 	}
@@ -326,9 +397,9 @@ func (r *record) home() bool {
 	return !slices.ContainsFunc(r.NICs, func(n nic) bool { return !n.Home })
 }
 
-func (x *redirect) oldTTL() time.Duration {
+func (r *record) oldTTL() time.Duration {
 	var most uint32
-	for _, n := range x.Names {
+	for _, n := range r.Names {
 		most = max(most, n.TTL)
 	}
 	return time.Duration(most) * time.Second
@@ -353,19 +424,23 @@ func (x *redirect) change(f func(*record)) {
 
 // findNames looks the VM's names up, and lowers their TTL if asked for.
 func (x *redirect) findNames() {
-	if x.m.dns == nil || x.Mode != New || x.Found && (!x.Options.LowerTTL || !x.Lowered.IsZero()) {
+	x.naming.Lock()
+	defer x.naming.Unlock()
+	if x.m.dns == nil || x.Mode != New || len(x.Names) > 0 && (!x.Options.LowerTTL || !x.Lowered.IsZero()) {
 		return
 	}
-	if !x.Found {
-		found, err := x.m.dns.Find(x.ctx, x.Options.Names, addressesOf(foreignNICs(x.hostNICs())))
+	ctx, cancel := context.WithTimeout(x.ctx, dnsPatience)
+	defer cancel()
+	if len(x.Names) == 0 { // a move before this one may still be giving them back
+		found, err := x.m.dns.Find(ctx, x.Options.Names, addressesOf(foreignNICs(x.hostNICs())))
 		x.problem("DNS", err)
-		if err != nil {
+		if err != nil || x.Found && len(found) == 0 {
 			return
 		}
 		x.change(func(r *record) { r.Names, r.Found = found, true })
 	}
 	if x.Options.LowerTTL && len(x.Names) > 0 && x.Lowered.IsZero() {
-		err := x.m.dns.LowerTTL(x.ctx, x.Names)
+		err := x.m.dns.LowerTTL(ctx, x.Names)
 		x.problem("TTL", err)
 		if err == nil {
 			x.change(func(r *record) { r.Lowered = time.Now() })
@@ -380,12 +455,14 @@ func (x *redirect) moveNames() {
 	if x.m.dns == nil || x.Mode != New || !x.Found || len(x.Names) == 0 {
 		return
 	}
+	ctx, cancel := context.WithTimeout(x.ctx, dnsPatience)
+	defer cancel()
 	if x.NameMoved.IsZero() {
-		if err := x.m.dns.Move(x.ctx, x.Names, x.Mapped); err != nil && !errors.Is(err, names.ErrReverse) {
+		if err := x.m.dns.Move(ctx, x.Names, x.Mapped); err != nil && !errors.Is(err, names.ErrReverse) {
 			x.problem("DNS", err)
 			return
 		}
-		servers, err := x.m.dns.Status(x.ctx, x.Names, x.Mapped)
+		servers, err := x.m.dns.Status(ctx, x.Names, x.Mapped)
 		if err == nil {
 			err = behind(servers)
 		}
@@ -396,7 +473,7 @@ func (x *redirect) moveNames() {
 		return
 	}
 	if !x.Lowered.IsZero() && !x.Restored && cachedFor(time.Now(), x.Lowered, x.NameMoved, x.oldTTL(), x.m.lowTTL()) == 0 {
-		err := x.m.dns.RestoreTTL(x.ctx, x.Names)
+		err := x.m.dns.RestoreTTL(ctx, x.Names)
 		x.problem("TTL", err)
 		if err == nil {
 			x.change(func(r *record) { r.Restored = true })
@@ -453,8 +530,11 @@ func (x *redirect) moveRoutes() {
 // goDirect lets the VM's own new connections leave directly once new ones find
 // it here: else they would need the tunnel for ever.
 func (x *redirect) goDirect() {
+	if x.Direct {
+		return
+	}
 	s := x.situation()
-	if x.Direct || !s.Drained && len(unsettled(s)) > 0 {
+	if !s.Drained && len(unsettled(s)) > 0 {
 		return
 	}
 	x.m.mu.Lock()

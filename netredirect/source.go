@@ -80,7 +80,7 @@ func (m *Manager) routable(n NIC, findings []Finding) ([]netip.Addr, []Finding) 
 	}
 	left := slices.DeleteFunc(slices.Clone(n.Addresses), netip.Addr.Is6)
 	if len(left) < len(n.Addresses) {
-		findings = append(findings, Finding{Check: "redirect", Problem: "this host does not forward IPv6: the VM's IPv6 connections break",
+		findings = append(findings, Finding{Check: "redirect", Problem: fmt.Sprintf("%s does not forward IPv6: the VM's IPv6 connections break", m.Site),
 			Remedy: "sysctl -w net.ipv6.conf.all.forwarding=1"})
 	}
 	return left, findings
@@ -266,14 +266,21 @@ func (m *Manager) open(ctx context.Context, r *record) (*redirect, error) {
 	return x, nil
 }
 
+// enoughQUIC is a datagram's size that is worth no longer waiting for more: a path
+// of 1500 bytes gives about 1395.
+const enoughQUIC = 1380
+
 // fit finds the longest packets that come through the tunnel, and has both ends
 // use that.
 func (m *Manager) fit(ctx context.Context, x *redirect, call Caller) error {
+	if m.shared(x) {
+		return nil // it carries packets already, of a size that fits
+	}
 	sizes := []int{x.MTU, 1400, 1280}
 	if x.Kind == QUIC {
 		wait, cancel := context.WithTimeout(ctx, 10*time.Second)
 		defer cancel()
-		longest, err := m.tunnel(x.Device).awaitConnection(wait, 1400)
+		longest, err := m.tunnel(x.Device).awaitConnection(wait, enoughQUIC)
 		if err != nil {
 			return err
 		}
@@ -300,6 +307,18 @@ func (m *Manager) fit(ctx context.Context, x *redirect, call Caller) error {
 		}
 	}
 	return errors.New("no packet comes back through it: a firewall on the way may drop it")
+}
+
+// shared reports whether another redirect stands on the same tunnel.
+func (m *Manager) shared(x *redirect) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, o := range m.redirects {
+		if o != x && o.Device == x.Device && (o.State == Standing || o.State == Draining) {
+			return true
+		}
+	}
+	return false
 }
 
 func (m *Manager) tunnel(device string) *carried {

@@ -151,13 +151,13 @@ func (x *redirect) status() Status {
 // drops reads what the tunnel has kept out.
 func (x *redirect) drops() (d Drops) {
 	x.m.mu.Lock()
-	defer x.m.mu.Unlock()
-	if t := x.m.tunnels[x.Device]; t != nil {
-		s := t.user.Stats()
-		d = dropsOf(s)
+	t, tunnelled, steps := x.m.tunnels[x.Device], x.tunnelled(), x.Plan.Tunnel
+	x.m.mu.Unlock()
+	if t != nil {
+		d = dropsOf(t.user.Stats())
 	}
-	for _, step := range x.Plan.Tunnel {
-		if step.Table == nil || !x.tunnelled() {
+	for _, step := range steps {
+		if step.Table == nil || !tunnelled {
 			continue
 		}
 		if c, err := x.m.net.Counters(x.m.ctx, *step.Table); err == nil {
@@ -176,8 +176,9 @@ func dropsOf(s encap.Stats) Drops {
 // countFlows reads the connections that use the tunnel, at the destination.
 func (x *redirect) countFlows() int {
 	x.m.mu.Lock()
-	found, err := x.m.net.Flows(x.addresses(), markOf(x.Slot), markMask)
+	addrs, slot := x.addresses(), x.Slot
 	x.m.mu.Unlock()
+	found, err := x.m.net.Flows(addrs, markOf(slot), markMask)
 	x.problem("connections", err)
 	if err != nil {
 		return 0

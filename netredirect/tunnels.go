@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"sync"
 	"time"
@@ -40,6 +41,7 @@ type carried struct {
 	attach  func(Packets)
 	mu      sync.Mutex
 	packets Packets // the connection of a QUIC tunnel now, or nil
+	closed  bool
 }
 
 // carry opens a tunnel of a kind that the kernel does not carry, unless it is
@@ -94,6 +96,13 @@ func (m *Manager) keepDialed(ctx context.Context, t *carried, site, peer string)
 	const soonest, latest = 200 * time.Millisecond, 15 * time.Second
 	pause := soonest
 	for ctx.Err() == nil {
+		if p := t.connection(); p != nil { // the other end has dialled
+			select {
+			case <-p.Done():
+			case <-ctx.Done():
+			}
+			continue
+		}
 		begun := time.Now()
 		p, err := m.Dial(ctx, site, peer)
 		if err == nil {
@@ -112,7 +121,7 @@ func (m *Manager) keepDialed(ctx context.Context, t *carried, site, peer string)
 		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(pause):
+		case <-time.After(pause + rand.N(pause)): // both ends may dial
 			pause = min(2*pause, latest)
 		}
 	}
@@ -121,6 +130,10 @@ func (m *Manager) keepDialed(ctx context.Context, t *carried, site, peer string)
 func (t *carried) use(p Packets) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.closed {
+		p.Close("the tunnel is removed")
+		return
+	}
 	if t.packets != nil {
 		t.packets.Close("there is a newer connection")
 	}
@@ -131,7 +144,7 @@ func (t *carried) use(p Packets) {
 func (t *carried) lose(p Packets) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.packets == p {
+	if t.packets == p && !t.closed {
 		t.packets = nil
 		t.attach(nil)
 	}
@@ -144,13 +157,17 @@ func (t *carried) connection() Packets {
 	return t.packets
 }
 
+// close removes the device. What dials ends by itself, later: work.
 func (t *carried) close() error {
 	t.stop()
-	if p := t.connection(); p != nil {
+	t.mu.Lock()
+	p := t.packets
+	t.closed, t.packets = true, nil
+	t.mu.Unlock()
+	if p != nil {
+		t.attach(nil)
 		p.Close("the tunnel is removed")
-		t.lose(p)
 	}
-	t.work.Wait()
 	return t.user.Close()
 }
 
@@ -202,6 +219,7 @@ func (m *Manager) uncarry(device string) error {
 		return nil
 	}
 	delete(m.tunnels, device)
+	m.work.Go(t.work.Wait)
 	return t.close()
 }
 

@@ -12,6 +12,7 @@ import (
 // Ask is what a source wants a destination to know before a move. It travels
 // with the checks.
 type Ask struct {
+	UUID    string     `json:"uuid,omitempty"`
 	Options Options    `json:"options"`
 	Kinds   []Kind     `json:"kinds"` // that the source's host can make
 	Outer   netip.Addr `json:"outer"` // the source's address towards the destination, as it sees it
