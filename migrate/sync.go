@@ -254,11 +254,20 @@ func (sy *syncer) notePeak() { sy.peak.Store(max(sy.peak.Load(), sy.pending())) 
 
 // event learns of the guest's stop.
 func (sy *syncer) event(ev hypervisor.Event) {
-	if ev.Kind == hypervisor.EventSuspended {
-		sy.stopAt.CompareAndSwap(0, ev.Time.UnixNano())
-		sy.s.switchRedirect()
-		sy.s.move.phase(PhaseHandoff)
+	if ev.Kind != hypervisor.EventSuspended {
+		return
 	}
+	sy.stopAt.CompareAndSwap(0, ev.Time.UnixNano())
+	if finalStop(ev) {
+		sy.s.switchRedirect()
+	}
+	sy.s.move.phase(PhaseHandoff)
+}
+
+// finalStop reports whether the guest was stopped by its migration. An operator,
+// an I/O error or a watchdog may stop it before.
+func finalStop(ev hypervisor.Event) bool {
+	return ev.Kind == hypervisor.EventSuspended && ev.Detail == "migrated"
 }
 
 // stopped is when the guest stopped, or zero.
@@ -273,10 +282,10 @@ func (sy *syncer) stopped() time.Time {
 // and libvirt has completed the mirrors.
 func (sy *syncer) seal() {
 	sy.stopAt.CompareAndSwap(0, time.Now().UnixNano())
-	sy.s.switchRedirect()
 	for _, d := range sy.disks {
-		d.outbox.Seal()
+		d.outbox.Seal() // first: the guest's resume waits for the disks
 	}
+	sy.s.switchRedirect()
 }
 
 // tail returns when everything of the guest was sent, with libvirt's cookie for
