@@ -389,6 +389,9 @@ func TestRedirectTellsWhatIsMissing(t *testing.T) {
 				t.Fatal(err)
 			}
 			w.awaitRedirect(lab.RemoteDC, "gone with the guest", none)
+			for _, site := range []string{lab.Users, lab.LocalDC} { // the next guest has its address and another MAC
+				w.run(site, "sh", "-c", "ip neigh flush all; ip -6 neigh flush all")
+			}
 		})
 	}
 }
