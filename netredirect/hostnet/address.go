@@ -11,6 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// shared are the addresses that several devices of wanmig may have at once:
+// those of RFC 7335, which each end of a tunnel has and no network uses.
+var shared = netip.MustParsePrefix("192.0.0.0/29")
+
 // addressEntry is an address as the kernel lists it.
 type addressEntry struct {
 	index  int
@@ -33,14 +37,22 @@ func (a *Address) apply(_ context.Context, h *Host) error {
 	if err != nil {
 		return err
 	}
+	standing := false
 	for _, e := range entries {
-		if e.prefix.Addr() != a.Prefix.Addr() {
+		same := e.prefix == a.Prefix && e.ours()
+		switch {
+		case e.prefix.Addr() != a.Prefix.Addr():
 			continue
-		}
-		if e.index == link.Attrs().Index && e.prefix == a.Prefix && e.ours() {
-			return nil
+		case same && e.index == link.Attrs().Index:
+			standing = true
+			continue
+		case same && shared.Contains(e.prefix.Addr()):
+			continue // another tunnel's
 		}
 		return fmt.Errorf("%w: the host has the address %v already, on %s", ErrTaken, e.prefix, h.nameOf(e.index))
+	}
+	if standing {
+		return nil
 	}
 	_, err = request(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, a.message(link.Attrs().Index)...)
 	return err

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -157,6 +160,40 @@ func (h *Host) describeRoute(r netlink.Route) string {
 		when(r.LinkIndex != 0, "dev %s", h.nameOf(r.LinkIndex)),
 		fmt.Sprintf("table %d proto %d", r.Table, r.Protocol),
 		when(r.Priority != 0, "metric %d", r.Priority))
+}
+
+// Gateways returns the next hops of the routes in the host's main table.
+func (h *Host) Gateways() ([]netip.Addr, error) {
+	list := func() (hops map[netip.Addr]bool, err error) {
+		hops = map[netip.Addr]bool{}
+		add := func(gateway net.IP, via netlink.Destination) {
+			if len(gateway) > 0 {
+				hops[fromIP(gateway)] = true
+			}
+			if v, ok := via.(*netlink.Via); ok { // an IPv6 next hop of an IPv4 route (RFC 8950)
+				hops[fromIP(v.Addr)] = true
+			}
+		}
+		for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+			err := h.routes.RouteListFilteredIter(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE,
+				func(r netlink.Route) bool {
+					add(r.Gw, r.Via)
+					for _, hop := range r.MultiPath {
+						add(hop.Gw, hop.Via)
+					}
+					return true
+				})
+			if err != nil {
+				return nil, err
+			}
+		}
+		return hops, nil
+	}
+	hops, err := complete(list)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	return slices.SortedFunc(maps.Keys(hops), netip.Addr.Compare), nil
 }
 
 // RouteTo returns by which device and with which source address the host would

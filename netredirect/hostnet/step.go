@@ -77,7 +77,8 @@ type Sysctl struct {
 // An Address is one of the host's own, of full length: one with a shorter
 // prefix could take others with it when it goes. It brings no route but to
 // itself, is not checked for duplicates, and the host does not choose it as the
-// source of connections of its own (IPv6).
+// source of connections of its own (IPv6). Only addresses of 192.0.0.0/29 may be
+// on several devices.
 type Address struct {
 	Dev    string       `json:"dev"`
 	Prefix netip.Prefix `json:"prefix"`

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -197,6 +198,69 @@ func TestForeignThingsStay(t *testing.T) {
 			same(t, "after", before, s.settled())
 		})
 	}
+}
+
+// TestTunnelsShareTheirAddress has two devices with one address of RFC 7335.
+func TestTunnelsShareTheirAddress(t *testing.T) {
+	s := bridgeSite(t)
+	h := s.host()
+	s.sh(`for i in 0 1 2; do ip tuntap add dev wm$i mode tun; ip link set wm$i addrgenmode none; ip link set wm$i up; done`)
+	on := func(dev, a string) Step { return Step{Address: &Address{Dev: dev, Prefix: prefix(a)}} }
+	before := s.settled()
+	for _, a := range []string{"192.0.0.1/32", "192.0.0.2/32"} {
+		first, second := on("wm0", a), on("wm1", a)
+		s.apply(h, first)
+		alone := s.settled()
+		for range 2 {
+			s.apply(h, second, first)
+		}
+		for _, dev := range []string{"wm0", "wm1"} {
+			if text := s.sh("ip addr show dev " + dev); strings.Count(text, a) != 1 {
+				t.Errorf("%s is not once on %s: %s", a, dev, text)
+			}
+		}
+		s.revert(h, second)
+		same(t, "without the second", alone, s.settled())
+		s.apply(h, second)
+		s.revert(h, first)
+		if text := s.sh("ip addr show dev wm1"); !strings.Contains(text, a) {
+			t.Errorf("with the first went %s of the second: %s", a, text)
+		}
+		if text := s.sh("ip route show table local dev wm1"); !strings.Contains(text, strings.TrimSuffix(a, "/32")) {
+			t.Errorf("with the first went the route to %s of the second: %s", a, text)
+		}
+		s.revert(h, second)
+		same(t, "without both", before, s.settled())
+	}
+	// One of someone else, and one of another kind, are refused as before.
+	s.sh("ip addr add 192.0.0.1/32 dev wm2")
+	s.apply(h, on("wm0", "203.0.113.7/32"))
+	for _, step := range []Step{on("wm1", "192.0.0.1/32"), on("wm1", "203.0.113.7/32")} {
+		s.must(func() error {
+			if err := h.Apply(context.Background(), step); !errors.Is(err, ErrTaken) {
+				t.Errorf("%s: %v", step, err)
+			}
+			return nil
+		})
+	}
+}
+
+func TestGateways(t *testing.T) {
+	s := bridgeSite(t)
+	h := s.host()
+	s.sh(`ip route add 203.0.113.0/25 nexthop via 198.51.100.7 dev up0 nexthop via 192.0.2.7 dev br0
+		ip route add 203.0.113.128/25 via inet6 2001:db8:2::8 dev up0
+		ip -6 route add 2001:db8:9::/64 nexthop via 2001:db8:2::9 dev up0 nexthop via 2001:db8:1::9 dev br0
+		ip route add default via 198.51.100.66 dev up0 table 66`)
+	want := []netip.Addr{addr("192.0.2.7"), addr("198.51.100.7"), addr("198.51.100.254"),
+		addr("2001:db8:1::9"), addr("2001:db8:2::8"), addr("2001:db8:2::9"), addr("2001:db8:2::fe")}
+	s.must(func() error {
+		got, err := h.Gateways()
+		if !slices.Equal(got, want) {
+			t.Errorf("%v, not %v", got, want)
+		}
+		return err
+	})
 }
 
 // TestWhatTheKernelLearnedGivesWay replaces entries that no one has set.
