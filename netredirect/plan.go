@@ -161,16 +161,20 @@ func planDestination(d destinationNeeds) Plan {
 // bridgeSysctls let the host forward on the bridge, and at the source answer
 // for the VM there.
 func bridgeSysctls(n hostNIC, answer bool) []hostnet.Step {
-	set := func(key string) hostnet.Step { return hostnet.Step{Sysctl: &hostnet.Sysctl{Key: key, Value: "1"}} }
-	steps := []hostnet.Step{set("net/ipv4/conf/" + n.Bridge + "/forwarding")}
-	if !answer {
-		return steps
+	set := func(key, value string) hostnet.Step {
+		return hostnet.Step{Sysctl: &hostnet.Sysctl{Key: key, Value: value}}
 	}
-	if slices.ContainsFunc(n.Addresses, netip.Addr.Is6) {
-		steps = append(steps, set("net/ipv6/conf/"+n.Bridge+"/proxy_ndp"))
+	// Without delay, or it answers up to 0.8 s late, as if it were one of many.
+	const delay = "/proxy_delay"
+	var steps []hostnet.Step
+	if slices.ContainsFunc(n.Addresses, netip.Addr.Is4) {
+		steps = append(steps, set("net/ipv4/conf/"+n.Bridge+"/forwarding", "1")) // that of IPv6 is the whole host's
+		if answer {
+			steps = append(steps, set("net/ipv4/neigh/"+n.Bridge+delay, "0"))
+		}
 	}
-	for _, ip := range []string{"ipv4", "ipv6"} { // or it answers up to 0.8 s late, as if it were one of many
-		steps = append(steps, hostnet.Step{Sysctl: &hostnet.Sysctl{Key: "net/" + ip + "/neigh/" + n.Bridge + "/proxy_delay", Value: "0"}})
+	if answer && slices.ContainsFunc(n.Addresses, netip.Addr.Is6) {
+		steps = append(steps, set("net/ipv6/conf/"+n.Bridge+"/proxy_ndp", "1"), set("net/ipv6/neigh/"+n.Bridge+delay, "0"))
 	}
 	return steps
 }

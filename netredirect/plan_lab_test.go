@@ -5,9 +5,16 @@ package netredirect
 import (
 	"context"
 	"fmt"
+	"net/netip"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/gopacket/gopacket"
+	"github.com/gopacket/gopacket/layers"
+	"golang.org/x/sys/unix"
 
 	"github.com/wanmig/wanmig/netredirect/hostnet"
 )
@@ -146,4 +153,116 @@ func TestNeighboursPlansStandApart(t *testing.T) {
 	// The agent makes the TUN, and what it set on it goes with it.
 	s.sh("echo 0 > /proc/sys/net/ipv4/conf/wmqtest/forwarding; echo 0 > /proc/sys/net/ipv4/conf/wmqtest/rp_filter")
 	sameDump(t, "without both", before, s.dump())
+}
+
+// TestChainAnswersThroughTheFirstTunnel is the middle of A → B → C: the VM has
+// come by one tunnel and gone by another. What came by the first is answered
+// through it, whichever redirect's table the packet meets first.
+func TestChainAnswersThroughTheFirstTunnel(t *testing.T) {
+	for _, order := range []string{"destination first", "source first"} {
+		t.Run(order, func(t *testing.T) {
+			s := planSite(t)
+			toA, toC := s.tun("wmqtest"), s.tun("wmktest")
+			came := planDestination(destinationNeeds{slot: 1, priority: topPriority, device: "wmqtest", nics: []hostNIC{web(false)}, egress: EgressTunnel})
+			came.Tunnel = planTunnel(tunnelFacts{kind: QUIC, device: "wmqtest", local: addr("203.0.113.1"), remote: addr("203.0.113.2"), mtu: 1380})
+			gone := planSource(2, topPriority-rulesEach, "wmktest", []hostNIC{web(false)})
+			gone.Tunnel = planTunnel(tunnelFacts{kind: QUIC, device: "wmktest", local: addr("203.0.113.1"), remote: addr("203.0.113.3"), mtu: 1380})
+			plans := []Plan{remembered(came), remembered(gone)}
+			if order == "source first" {
+				plans = []Plan{plans[1], plans[0]}
+			}
+			s.sh("sysctl -qw net.ipv6.conf.all.forwarding=1; ip -6 route add default dev up0")
+			for _, p := range plans {
+				s.must(func() error {
+					_, err := s.net.ApplyAll(context.Background(), p.steps())
+					return err
+				})
+			}
+			for _, ends := range [][2]netip.Addr{{addr("203.0.113.50"), addr("192.0.2.10")}, {addr("2001:db8:5::50"), addr("2001:db8:1::10")}} {
+				client, vm := ends[0], ends[1]
+				for range 2 { // the first makes the connection, and its answer is of one that stands
+					toA.write(t, client, vm)
+					toC.expect(t, client, vm)
+					toC.write(t, vm, client)
+					toA.expect(t, vm, client)
+				}
+				toC.write(t, vm, client.Next()) // the VM's own goes out where it came from first
+				toA.expect(t, vm, client.Next())
+			}
+			if text := s.sh("nft list table inet wanmig_r2"); !strings.Contains(text, "counter from_tunnel {\n\t\tpackets 6 ") {
+				t.Errorf("not every answer is counted: %s", text)
+			}
+		})
+	}
+}
+
+// tun is the far end of a tunnel.
+type tun struct{ *os.File }
+
+func (s *space) tun(name string) tun {
+	s.t.Helper()
+	var f *os.File
+	s.must(func() error {
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		request, err := unix.NewIfreq(name)
+		if err != nil {
+			return err
+		}
+		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
+			return err
+		}
+		f = os.NewFile(uintptr(fd), name)
+		return nil
+	})
+	s.t.Cleanup(func() { f.Close() })
+	return tun{f}
+}
+
+func (f tun) write(t *testing.T, from, to netip.Addr) {
+	t.Helper()
+	udp := &layers.UDP{SrcPort: 4000, DstPort: 4000}
+	var ip gopacket.SerializableLayer
+	if from.Is4() {
+		l := &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolUDP, SrcIP: from.AsSlice(), DstIP: to.AsSlice()}
+		_ = udp.SetNetworkLayerForChecksum(l)
+		ip = l
+	} else {
+		l := &layers.IPv6{Version: 6, HopLimit: 64, NextHeader: layers.IPProtocolUDP, SrcIP: from.AsSlice(), DstIP: to.AsSlice()}
+		_ = udp.SetNetworkLayerForChecksum(l)
+		ip = l
+	}
+	b := gopacket.NewSerializeBuffer()
+	if err := gopacket.SerializeLayers(b, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, ip, udp, gopacket.Payload("x")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write(b.Bytes()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// expect waits for a packet, and leaves out those that the kernel sends itself.
+func (f tun) expect(t *testing.T, from, to netip.Addr) {
+	t.Helper()
+	if err := f.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, maxMTU)
+	for {
+		n, err := f.Read(b)
+		if err != nil {
+			t.Fatalf("%s → %s does not come out of %s: %v", from, to, f.Name(), err)
+		}
+		first := layers.LayerTypeIPv4
+		if n > 0 && b[0]>>4 == 6 {
+			first = layers.LayerTypeIPv6
+		}
+		p := gopacket.NewPacket(b[:n], first, gopacket.Default)
+		if p.Layer(layers.LayerTypeUDP) != nil && p.NetworkLayer().NetworkFlow() == gopacket.NewFlow(p.NetworkLayer().NetworkFlow().EndpointType(), from.AsSlice(), to.AsSlice()) {
+			return
+		}
+	}
 }

@@ -43,13 +43,15 @@ func tunnelTable(device string) *hostnet.Table {
 `, device, counterNested, counterForeign, counterLocal, hex32(markOurs))}
 }
 
-// sourceTable lets the VM's answers out of the tunnel and counts both ways.
+// sourceTable lets the VM's answers out of the tunnel and counts both ways. A VM
+// that came here by another tunnel, and has moved on, answers through that one
+// what came by it: its destinationTable decides, whichever table comes first.
 func sourceTable(slot int, device string, addrs []netip.Addr) *hostnet.Table {
 	var b body
 	b.counters(counterIn, counterOut)
 	b.chain("marks", "filter hook prerouting priority mangle")
 	for _, set := range sets(addrs) {
-		b.rule(`iifname "%s" %s saddr %s meta mark set %s counter name %s`, device, set.ip, set.list, setMark("meta", slot), counterIn)
+		b.rule(`iifname "%s" %s saddr %s counter name %s meta mark & %s == 0 meta mark set %s`, device, set.ip, set.list, counterIn, hex32(markOurs), setMark("meta", slot))
 	}
 	b.end()
 	b.clamp(device, "daddr", addrs)
@@ -57,7 +59,8 @@ func sourceTable(slot int, device string, addrs []netip.Addr) *hostnet.Table {
 }
 
 // destinationTable marks each connection by the way that its packets come, so
-// that answers take the same way: the tunnel, or directly.
+// that answers take the same way: the tunnel, or directly. Where several tunnels
+// stand for a VM, each takes connections of the VM's own only while no other has.
 func destinationTable(d destinationNeeds) *hostnet.Table {
 	var b body
 	b.counters(counterIn, counterOut)
@@ -65,14 +68,15 @@ func destinationTable(d destinationNeeds) *hostnet.Table {
 	addrs := addressesOf(d.nics)
 	ct := setMark("ct", d.slot)
 	ours := fmt.Sprintf("& %s == %s", hex32(markMask), hex32(markOf(d.slot)))
+	nobodys := fmt.Sprintf("ct mark & %s == 0", hex32(markOurs))
 	for _, set := range sets(addrs) {
 		b.rule(`iifname "%s" %s daddr %s ct mark set %s meta mark set %s counter name %s`, d.device, set.ip, set.list, ct, setMark("meta", d.slot), counterIn)
 		b.rule(`iifname != "%s" %s daddr %s ct mark %s ct mark set ct mark & %s`, d.device, set.ip, set.list, ours, hex32(^uint32(markMask)))
 		switch d.egress {
 		case EgressDirect: // what begins in the middle is older than the move
-			b.rule(`iifname != "%s" %s saddr %s ct state new tcp flags & (fin | syn | rst | ack) != syn ct mark set %s`, d.device, set.ip, set.list, ct)
+			b.rule(`iifname != "%s" %s saddr %s ct state new tcp flags & (fin | syn | rst | ack) != syn %s ct mark set %s`, d.device, set.ip, set.list, nobodys, ct)
 		default:
-			b.rule(`iifname != "%s" %s saddr %s ct state new ct mark set %s`, d.device, set.ip, set.list, ct)
+			b.rule(`iifname != "%s" %s saddr %s ct state new %s ct mark set %s`, d.device, set.ip, set.list, nobodys, ct)
 		}
 		b.rule(`iifname != "%s" %s saddr %s ct mark %s meta mark set %s`, d.device, set.ip, set.list, ours, setMark("meta", d.slot))
 	}
