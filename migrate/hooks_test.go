@@ -16,6 +16,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/netredirect"
 )
 
@@ -222,6 +223,21 @@ func TestSettledRunsAtBothEnds(t *testing.T) {
 		text, err := os.ReadFile(out)
 		if err != nil || string(text) != want+" after_settle 192.0.2.1\n" {
 			t.Errorf("%s: %q, %v", role, text, err)
+		}
+	}
+}
+
+// TestSourceHookTellsNoOffers keeps from the source's hooks the new addresses
+// that the destination has only offered: another VM may have them by now.
+func TestSourceHookTellsNoOffers(t *testing.T) {
+	own, offered := netip.MustParseAddr("192.0.2.10"), netip.MustParseAddr("203.0.113.99")
+	s := &source{Engine: &Engine{Config: Config{Redirects: &netredirect.Manager{}, Site: "a"}}, dom: &hypervisor.Domain{Name: "web"}}
+	s.redirect.ask.NICs = []netredirect.NIC{{Addresses: []netip.Addr{own}}}
+	s.redirect.offer.Mapped = map[netip.Addr]netip.Addr{own: offered}
+	env := s.hookEnv()
+	for _, want := range []string{"WANMIG_ADDRESSES=192.0.2.10", "WANMIG_NEW_ADDRESSES=", "WANMIG_VM=web", "WANMIG_ROLE=source"} {
+		if !slices.Contains(env, want) {
+			t.Errorf("no %q in %q", want, env)
 		}
 	}
 }
