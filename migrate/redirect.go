@@ -2,14 +2,11 @@ package migrate
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/wanmig/wanmig/hypervisor"
@@ -181,7 +178,11 @@ func (s *source) beginRedirect(ctx context.Context) error {
 	}
 	c := &control{ch: ch}
 	call := func(ctx context.Context, op string, request, reply any) error {
-		return c.redirect(ctx, s.entry.Move, op, request, reply)
+		answer, err := c.redirect(ctx, s.entry.Move, op, request)
+		if err != nil {
+			return err
+		}
+		return answer.read(reply)
 	}
 	peer := netredirect.Peer{Site: s.req.To, ID: string(s.session.Peer()), Address: address}
 	x, err := s.Redirects.Begin(ctx, netredirect.VM{Move: s.entry.Move, Name: s.dom.Name, UUID: s.dom.UUID}, peer, s.redirect.ask, s.redirect.offer, call)
@@ -222,41 +223,6 @@ func (s *source) undoRedirect(why string) {
 	if s.redirect.live != nil {
 		s.redirect.live.Undo(why)
 	}
-}
-
-// redirect asks the other side to serve an operation on a redirect.
-func (c *control) redirect(ctx context.Context, move, op string, request, reply any) error {
-	body, err := json.Marshal(request)
-	if err != nil {
-		return err
-	}
-	if err := c.send(ctx, kindRedirect, redirectRequest{move, op, body}); err != nil {
-		return err
-	}
-	var answer redirectAnswer
-	if err := c.expect(ctx, kindRedirected, &answer); err != nil {
-		return err
-	}
-	switch {
-	case answer.Unknown:
-		return netredirect.ErrUnknown
-	case answer.Error != "":
-		return fmt.Errorf("at the destination: %.*s", maxReason, answer.Error)
-	}
-	return decode(answer.Body, reply)
-}
-
-// answerRedirect serves an operation and sends what came of it.
-func (c *control) answerRedirect(ctx context.Context, serve func() (any, error)) error {
-	var answer redirectAnswer
-	reply, err := serve()
-	if err == nil {
-		answer.Body, err = json.Marshal(reply)
-	}
-	if err != nil {
-		answer.Error, answer.Unknown = err.Error(), errors.Is(err, netredirect.ErrUnknown)
-	}
-	return c.send(ctx, kindRedirected, answer)
 }
 
 // offerRedirect answers what a redirect to this host would be.
@@ -316,76 +282,8 @@ func (in *incoming) serveRedirect(ctx context.Context, ch *tunnel.Channel) error
 		if err := decode(body, &ask); err != nil {
 			return err
 		}
-		if err := c.answerRedirect(ctx, func() (any, error) { return in.Redirects.Serve(ctx, arrival, ask.Op, ask.Body) }); err != nil {
+		if err := c.answerRedirect(ctx, ask.Seq, func() (any, error) { return in.Redirects.Serve(ctx, arrival, ask.Op, ask.Body) }); err != nil {
 			return nil
-		}
-	}
-}
-
-// inquire serves an operation on the redirect of a move that is over.
-func (e *Engine) inquire(ctx context.Context, session *tunnel.Session, ctl *control, body []byte) error {
-	var ask redirectRequest
-	if err := decode(body, &ask); err != nil {
-		return err
-	}
-	return ctl.answerRedirect(ctx, func() (any, error) {
-		return e.Redirects.Inquire(string(session.Peer()), ask.Move, ask.Op, ask.Body)
-	})
-}
-
-// line is a session to a site that is kept for questions about redirects.
-type line struct {
-	mu      sync.Mutex
-	session *tunnel.Session
-	ctl     *control
-}
-
-// CallRedirect asks the agent of a site to serve an operation on a redirect. The
-// session is kept for the next question.
-func (e *Engine) CallRedirect(ctx context.Context, site, peer, move, op string, request, reply any) error {
-	e.mu.Lock()
-	l := e.lines[site]
-	if l == nil {
-		l = &line{}
-		e.lines[site] = l
-	}
-	e.mu.Unlock()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.session == nil || l.session.Err() != nil {
-		session, err := e.Dial(ctx, site)
-		if err != nil {
-			return err
-		}
-		if string(session.Peer()) != peer {
-			session.Close("not who was asked for")
-			return fmt.Errorf("site %s is another agent now: the VM was moved to %s", site, peer)
-		}
-		ctl, _, err := e.greet(ctx, session)
-		if err != nil {
-			session.Close("not greeted")
-			return err
-		}
-		l.session, l.ctl = session, ctl
-	}
-	err := l.ctl.redirect(ctx, move, op, request, reply)
-	if err != nil && !errors.Is(err, netredirect.ErrUnknown) && ctx.Err() != nil {
-		l.session.Close("no answer in time") // an answer that comes late would be taken for the next
-		l.session = nil
-	}
-	return err
-}
-
-// hangUp ends the kept sessions.
-func (e *Engine) hangUp() {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for _, l := range e.lines {
-		if l.mu.TryLock() {
-			if l.session != nil {
-				l.session.Close("the agent stops")
-			}
-			l.mu.Unlock()
 		}
 	}
 }

@@ -91,12 +91,14 @@ type checked struct {
 }
 
 type redirectRequest struct {
+	Seq  uint64          `json:"seq"` // from 1 on in each channel
 	Move string          `json:"move"`
 	Op   string          `json:"op"`
 	Body json.RawMessage `json:"body"`
 }
 
 type redirectAnswer struct {
+	Seq     uint64          `json:"seq"` // the request's
 	Error   string          `json:"error,omitempty"`
 	Unknown bool            `json:"unknown,omitempty"` // there is no redirect of that move
 	Body    json.RawMessage `json:"body,omitempty"`
@@ -188,6 +190,7 @@ func validateDisks(disks []wireDisk) error {
 type control struct {
 	ch  *tunnel.Channel
 	buf []byte
+	seq uint64 // of the last operation on a redirect that was asked for
 }
 
 func (c *control) send(ctx context.Context, kind byte, body any) error {
