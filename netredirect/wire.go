@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+	"unicode/utf8"
 )
 
 // Ask is what a source wants a destination to know before a move. It travels
@@ -86,6 +87,11 @@ const (
 	minMTU  = 576
 	maxMTU  = 9216
 	maxText = 1 << 10
+
+	maxStep     = 4 << 10   // of an Offer's Steps, in bytes
+	maxSteps    = 256 << 10 // of all of them
+	maxFindings = 100
+	maxProto    = 16 // of a Flow's, in bytes
 )
 
 func (a Ask) validate() error {
@@ -98,15 +104,56 @@ func (a Ask) validate() error {
 	return validateNICs(a.NICs)
 }
 
-// Validate checks what a destination answered.
-func (o Offer) Validate() error {
+// Validate checks what a destination answered, and clips its texts, which are
+// for people.
+func (o *Offer) Validate() error {
 	switch {
-	case len(o.Kinds) > len(Kinds) || len(o.Steps) > 1000 || len(o.Findings) > 100:
+	case len(o.Kinds) > len(Kinds) || len(o.Steps) > 1000 || len(o.Findings) > maxFindings:
 		return errors.New("the destination's answer about redirection is out of bounds")
 	case o.Mode != Keep && o.Mode != New && o.Mode != "":
 		return fmt.Errorf("the destination answers with the unknown mode %.20q", o.Mode)
 	}
-	return validateMapped(o.Mapped)
+	if err := validateMapped(o.Mapped); err != nil {
+		return err
+	}
+	room := maxSteps
+	for i, text := range o.Steps {
+		o.Steps[i] = clip(text, maxStep)
+		if room -= len(o.Steps[i]); room < 0 {
+			o.Steps = o.Steps[:i]
+			break
+		}
+	}
+	for i := range o.Findings {
+		f := &o.Findings[i]
+		f.Check, f.Problem, f.Remedy = clip(f.Check, maxText), clip(f.Problem, maxText), clip(f.Remedy, maxText)
+	}
+	return nil
+}
+
+// validate checks what a destination answered, and clips what it waits for.
+func (r *syncReply) validate() error {
+	if len(r.Flows) > maxFlows {
+		return fmt.Errorf("the destination answers with %d flows: at most %d", len(r.Flows), maxFlows)
+	}
+	for _, f := range r.Flows {
+		if len(f.Proto) > maxProto || f.From.Addr().Zone() != "" || f.To.Addr().Zone() != "" {
+			return fmt.Errorf("the destination answers with a flow that is none: %.20q from %.60q to %.60q", f.Proto, f.From, f.To)
+		}
+	}
+	r.Waits = bounded(r.Waits)
+	return nil
+}
+
+// clip cuts a text to a number of bytes, and not within a character.
+func clip(text string, most int) string {
+	if len(text) <= most {
+		return text
+	}
+	for most > 0 && !utf8.RuneStart(text[most]) {
+		most--
+	}
+	return text[:most]
 }
 
 func (r armReply) validate() error {

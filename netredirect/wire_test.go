@@ -4,9 +4,11 @@ import (
 	"encoding/json"
 	"net/netip"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 )
 
 func goodOptions() Options {
@@ -71,10 +73,10 @@ func many(n int) (all []netip.Addr) {
 }
 
 func TestMessagesRefused(t *testing.T) {
-	if goodAsk().validate() != nil || goodOpen().validate() != nil || goodOffer().Validate() != nil {
+	if goodAsk().validate() != nil || goodOpen().validate() != nil || validated(goodOffer()) != nil {
 		t.Fatal("good messages are refused")
 	}
-	for _, none := range []error{Ask{Options: Options{Kind: None}}.validate(), Offer{}.Validate()} {
+	for _, none := range []error{Ask{Options: Options{Kind: None}}.validate(), validated(Offer{})} {
 		if none != nil {
 			t.Errorf("a message of one that redirects nothing: %v", none)
 		}
@@ -183,6 +185,53 @@ func TestMessagesRefused(t *testing.T) {
 	}
 }
 
+func validated(o Offer) error { return o.Validate() }
+
+func TestTextsAreClipped(t *testing.T) {
+	o := goodOffer()
+	long := strings.Repeat("ä", 1<<20)
+	o.Steps = []string{"ip rule", strings.Repeat("x", maxStep), long + "x", "x" + long}
+	o.Findings = []Finding{{Check: long, Problem: "x" + long, Remedy: "short"}}
+	if err := o.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	var sizes []int
+	for _, s := range append(slices.Clone(o.Steps), o.Findings[0].Check, o.Findings[0].Problem, o.Findings[0].Remedy) {
+		if !utf8.ValidString(s) {
+			t.Errorf("cut within a character: …%x", s[len(s)-4:])
+		}
+		sizes = append(sizes, len(s))
+	}
+	if want := []int{7, maxStep, maxStep, maxStep - 1, maxText, maxText - 1, 5}; !slices.Equal(sizes, want) {
+		t.Errorf("texts of %d bytes, not %d", sizes, want)
+	}
+	o.Steps = slices.Repeat([]string{long}, 1000)
+	if err := o.Validate(); err != nil || len(o.Steps) != maxSteps/maxStep {
+		t.Errorf("%d steps are left: %v", len(o.Steps), err)
+	}
+}
+
+func TestSyncReply(t *testing.T) {
+	flow := Flow{Proto: "tcp", From: netip.MustParseAddrPort("192.0.2.1:1"), To: netip.MustParseAddrPort("[2001:db8::1]:2")}
+	good := syncReply{Waits: slices.Repeat([]string{strings.Repeat("x", 2*maxText)}, 30), Flows: slices.Repeat([]Flow{flow}, maxFlows)}
+	if err := good.validate(); err != nil || len(good.Waits) != 20 || len(good.Waits[0]) != maxText || len(good.Flows) != maxFlows {
+		t.Errorf("%d waits, %d flows: %v", len(good.Waits), len(good.Flows), err)
+	}
+	if err := (&syncReply{}).validate(); err != nil {
+		t.Error(err)
+	}
+	proto, from, to := flow, flow, flow
+	proto.Proto = strings.Repeat("x", maxProto+1)
+	from.From = netip.AddrPortFrom(addr("fe80::1%"+strings.Repeat("x", 1<<20)), 1)
+	to.To = from.From
+	for name, flows := range map[string][]Flow{"many": slices.Repeat([]Flow{flow}, maxFlows+1), "protocol": {flow, proto}, "from": {from}, "to": {to}} {
+		err := (&syncReply{Flows: flows}).validate()
+		if err == nil || len(err.Error()) > 500 {
+			t.Errorf("%s: %.600v", name, err)
+		}
+	}
+}
+
 func TestBounded(t *testing.T) {
 	if got := bounded(nil); len(got) != 0 {
 		t.Errorf("nothing has become %q", got)
@@ -252,6 +301,9 @@ func FuzzMessages(f *testing.F) {
 		mapped := map[netip.Addr]netip.Addr{}
 		if o, err := decode[Offer](b); err == nil && o.Validate() == nil {
 			mapped = o.Mapped
+			if n := len(strings.Join(o.Steps, "")); n > maxSteps {
+				t.Errorf("steps of %d bytes are kept", n)
+			}
 		}
 		for a, to := range mapped {
 			safe(t, a, to)
@@ -263,8 +315,8 @@ func FuzzMessages(f *testing.F) {
 				}
 			}
 		}
-		if r, err := decode[syncReply](b); err == nil {
-			bounded(r.Waits)
+		if r, err := decode[syncReply](b); err == nil && r.validate() == nil && len(r.Flows) > maxFlows {
+			t.Errorf("%d flows are kept", len(r.Flows))
 		}
 		_, _ = decode[resizeRequest](b)
 		_, _ = decode[endRequest](b)
