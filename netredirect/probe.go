@@ -14,6 +14,7 @@ import (
 
 	"github.com/gopacket/gopacket"
 	"github.com/gopacket/gopacket/layers"
+	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -162,6 +163,39 @@ func readProbe(b []byte) (from, to netip.Addr, payload []byte, ok bool) {
 	return from, to, udp.Payload, ok1 && ok2 && bytes.HasPrefix(udp.Payload, []byte(probeMagic))
 }
 
+// probeFilter takes UDP between the probes' ports out of IP packets, and leaves
+// what else a tunnel carries to the kernel.
+func probeFilter() []bpf.Instruction {
+	drop, accept := bpf.RetConstant{Val: 0}, bpf.RetConstant{Val: maxMTU}
+	is := func(v uint32) []bpf.Instruction {
+		return []bpf.Instruction{bpf.JumpIf{Cond: bpf.JumpEqual, Val: v, SkipTrue: 1}, drop}
+	}
+	v4 := slices.Concat(
+		[]bpf.Instruction{bpf.LoadAbsolute{Off: 9, Size: 1}}, is(unix.IPPROTO_UDP),
+		[]bpf.Instruction{bpf.LoadAbsolute{Off: 6, Size: 2}, bpf.ALUOpConstant{Op: bpf.ALUOpAnd, Val: 0x1fff}}, is(0), // no later fragment
+		[]bpf.Instruction{bpf.LoadMemShift{Off: 0}, bpf.LoadIndirect{Off: 0, Size: 4}}, is(probePort<<16|probePort),
+		[]bpf.Instruction{accept})
+	v6 := slices.Concat(
+		[]bpf.Instruction{bpf.LoadAbsolute{Off: 6, Size: 1}}, is(unix.IPPROTO_UDP),
+		[]bpf.Instruction{bpf.LoadAbsolute{Off: 40, Size: 4}}, is(probePort<<16|probePort),
+		[]bpf.Instruction{accept})
+	version := []bpf.Instruction{bpf.LoadAbsolute{Off: 0, Size: 1}, bpf.ALUOpConstant{Op: bpf.ALUOpAnd, Val: 0xf0},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: 0x40, SkipFalse: uint8(len(v4))}}
+	return slices.Concat(version, v4, is(0x60), v6)
+}
+
+func attach(fd int, code []bpf.Instruction) error {
+	raw, err := bpf.Assemble(code)
+	if err != nil {
+		return err
+	}
+	filter := make([]unix.SockFilter, len(raw))
+	for i, r := range raw {
+		filter[i] = unix.SockFilter{Code: r.Op, Jt: r.Jt, Jf: r.Jf, K: r.K}
+	}
+	return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
+}
+
 // device reads and writes the IP packets of a tunnel's device beside the kernel.
 type device struct {
 	fd    int
@@ -177,6 +211,10 @@ func openDevice(name string) (*device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open device %s: %w", name, err)
 	}
+	if err := attach(fd, probeFilter()); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("filter device %s: %w", name, err)
+	}
 	all := uint16(unix.ETH_P_ALL)<<8 | uint16(unix.ETH_P_ALL)>>8
 	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: link.Index}); err != nil {
 		unix.Close(fd)
@@ -187,12 +225,18 @@ func openDevice(name string) (*device, error) {
 
 func (d *device) Close() { unix.Close(d.fd) }
 
+// send puts a packet into the tunnel. One for which its queue has no room is
+// lost, as on any link.
 func (d *device) send(packet []byte, v4 bool) error {
 	protocol := uint16(unix.ETH_P_IPV6)
 	if v4 {
 		protocol = unix.ETH_P_IP
 	}
-	return unix.Sendto(d.fd, packet, 0, &unix.SockaddrLinklayer{Protocol: protocol<<8 | protocol>>8, Ifindex: d.index})
+	err := unix.Sendto(d.fd, packet, 0, &unix.SockaddrLinklayer{Protocol: protocol<<8 | protocol>>8, Ifindex: d.index})
+	if err == unix.ENOBUFS {
+		return nil
+	}
+	return err
 }
 
 // receive returns the next packet that comes out of the tunnel, or

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+
+	"golang.org/x/net/bpf"
 )
 
 func probes(t testing.TB) (all [][]byte) {
@@ -82,6 +84,57 @@ func TestNoProbes(t *testing.T) {
 			spoil(b)
 			if _, _, _, ok := readProbe(b); ok {
 				t.Errorf("%s: a probe", name)
+			}
+		}
+	}
+}
+
+// TestProbeFilter runs the filter as the kernel does.
+func TestProbeFilter(t *testing.T) {
+	vm, err := bpf.NewVM(probeFilter())
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken := func(b []byte) int {
+		t.Helper()
+		n, err := vm.Run(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	for _, whole := range probes(t) {
+		header := 40
+		if whole[0]>>4 == 4 {
+			header = 20
+		}
+		if n := taken(whole); n < len(whole) {
+			t.Errorf("%d bytes of a probe of %d are taken", n, len(whole))
+		}
+		for n := range header + 4 {
+			if taken(whole[:n:n]) != 0 {
+				t.Errorf("the first %d bytes are taken", n)
+			}
+		}
+		for name, spoil := range map[string]func([]byte){
+			"source port": func(b []byte) { b[header]++ }, "destination port": func(b []byte) { b[header+3]++ },
+			"protocol": func(b []byte) { b[map[int]int{20: 9, 40: 6}[header]] = 6 }, "version": func(b []byte) { b[0] ^= 0x80 },
+		} {
+			b := slices.Clone(whole)
+			spoil(b)
+			if taken(b) != 0 {
+				t.Errorf("other %s: taken", name)
+			}
+		}
+		if header == 20 {
+			options := slices.Concat([]byte{0x46}, whole[1:20], []byte{1, 1, 1, 1}, whole[20:])
+			if taken(options) == 0 {
+				t.Error("one with IP options is not taken")
+			}
+			later := slices.Clone(whole)
+			later[7] = 1
+			if taken(later) != 0 {
+				t.Error("a later fragment is taken")
 			}
 		}
 	}
