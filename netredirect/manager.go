@@ -293,7 +293,9 @@ func (m *Manager) removeLocked(x *redirect, why string) error {
 	err = errors.Join(err, m.uncarry(x.Device))
 	m.openGates()
 	if err != nil {
-		// What is left stays in the journal, and is tried again at the next start.
+		// What is left keeps its numbers, is shown, and is tried again at the next start.
+		m.redirects[x.Move] = x
+		x.problem("removing", err)
 		return fmt.Errorf("undo the redirect of %q: %w", x.VM, err)
 	}
 	level := slog.LevelInfo

@@ -88,6 +88,10 @@ func (m *Manager) routable(n NIC, findings []Finding) ([]netip.Addr, []Finding) 
 
 // hostFindings are what in this host's firewall may stop redirected packets.
 func (m *Manager) hostFindings() []Finding {
+	if on, err := m.net.Sysctl("net/ipv4/conf/all/forwarding"); err == nil && on == "0" {
+		return []Finding{{Check: "redirect", Problem: "IPv4 forwarding is off at " + m.Site + ": only what comes by the tunnel will reach the VM",
+			Remedy: "sysctl -w net.ipv4.ip_forward=1"}}
+	}
 	drops, err := m.net.ForwardPolicyDrops(m.ctx)
 	switch {
 	case errors.Is(err, hostnet.ErrNoNFT):
