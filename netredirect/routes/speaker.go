@@ -48,7 +48,8 @@ type Speaker struct {
 // New begins to connect to the peers, and goes on with it until Close: a peer
 // that does not answer is no error. resume are the prefixes that this host
 // announced before it was restarted, if any: they are announced again before
-// a router that kept them would drop them.
+// a router that kept them would drop them. One that the configuration has no
+// way to announce any more is logged and left out.
 func New(ctx context.Context, config Config, resume []netip.Prefix, log *slog.Logger) (*Speaker, error) {
 	if err := config.Validate(); err != nil {
 		return nil, fmt.Errorf("configuration of BGP: %w", err)
@@ -89,8 +90,12 @@ func (s *Speaker) start(ctx context.Context, resume []netip.Prefix, passwords []
 	if err := s.watch(); err != nil {
 		return fmt.Errorf("watch BGP: %w", err)
 	}
-	if err := s.Announce(ctx, resume); err != nil {
-		return err
+	for _, p := range resume {
+		if err := s.Announce(ctx, []netip.Prefix{p}); ctx.Err() != nil {
+			return err
+		} else if err != nil {
+			s.log.Error("host route not announced again", "prefix", p, "err", err)
+		}
 	}
 	for i, p := range s.config.Peers {
 		if err := s.addPeer(ctx, p, passwords[i], len(resume) > 0); err != nil {

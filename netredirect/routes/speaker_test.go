@@ -39,13 +39,30 @@ func TestNewRefuses(t *testing.T) {
 	if _, err := New(context.Background(), c, nil, log); err == nil {
 		t.Error("a folder is taken for a password")
 	}
-	if _, err := New(context.Background(), good(), []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, log); !errors.Is(err, ErrNotHostRoute) {
-		t.Errorf("a network is resumed: %v", err)
-	}
 	ended, cancel := context.WithCancel(context.Background())
 	cancel()
 	if _, err := New(ended, good(), []netip.Prefix{netip.MustParsePrefix("192.0.2.9/32")}, log); !errors.Is(err, context.Canceled) {
 		t.Errorf("with an ended context: %v", err)
+	}
+}
+
+// TestResumeLeavesOutWhatCannotBe starts with a journal that is older than the
+// configuration.
+func TestResumeLeavesOutWhatCannotBe(t *testing.T) {
+	var out bytes.Buffer
+	config := Config{ASN: 65010, RouterID: addr("192.0.2.2"), Peers: []Peer{{Address: addr("192.0.2.1"), ASN: 65001}}}
+	ok := netip.MustParsePrefix("203.0.113.9/32")
+	not := []netip.Prefix{netip.MustParsePrefix("2001:db8::9/128"), netip.MustParsePrefix("192.0.2.0/24"), {}}
+	s, err := New(context.Background(), config, append(slices.Clone(not), ok), slog.New(slog.NewTextHandler(&out, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Close() // and the log is whole
+	if len(s.announced) != 1 || !s.announced[ok] {
+		t.Errorf("announced: %v", s.announced)
+	}
+	if n := strings.Count(out.String(), "not announced again"); n != len(not) || !strings.Contains(out.String(), "2001:db8::9/128") {
+		t.Errorf("%d of %d are logged:\n%s", n, len(not), out.String())
 	}
 }
 
