@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -33,7 +34,8 @@ type redirecting struct {
 	ask   netredirect.Ask
 	offer netredirect.Offer
 	ready chan struct{} // closed when it is armed, or will not be
-	err   error         // why not, after ready
+	err   error         // why it will not be, after ready; nil when it was given up
+	end   func()        // gives it up, where it is not ready yet
 	live  interface {
 		Switch()
 		Undo(why string)
@@ -149,22 +151,29 @@ func redirectFindings(from []netredirect.Finding) []Finding {
 func (s *source) prepareRedirect(ctx context.Context) {
 	r := &s.redirect
 	r.ready = make(chan struct{})
+	ctx, r.end = context.WithTimeout(ctx, 45*time.Second)
 	if len(r.ask.NICs) == 0 {
 		close(r.ready)
 		return
 	}
-	go func() {
+	s.work.Go(func() {
 		defer close(r.ready)
-		ctx, cancel := context.WithTimeout(ctx, 45*time.Second)
-		defer cancel()
-		if r.err = s.beginRedirect(ctx); r.err != nil {
-			s.log.Warn("connections will not be redirected", "error", r.err)
-			s.move.update(func(st *Status) {
-				st.Findings = append(slices.Clone(st.Findings), Finding{Check: "redirect", Problem: "connections are not redirected: " + r.err.Error(),
-					Remedy: "clients have to connect again to the VM's new place"})
-			})
+		defer r.end()
+		err := s.beginRedirect(ctx)
+		if err != nil && !errors.Is(ctx.Err(), context.Canceled) {
+			r.err = err
+			s.notRedirected(err)
 		}
-	}()
+	})
+}
+
+// notRedirected tells the operator that connections break.
+func (s *source) notRedirected(why error) {
+	s.log.Warn("connections will not be redirected", "error", why)
+	s.move.update(func(st *Status) {
+		st.Findings = append(slices.Clone(st.Findings), Finding{Check: "redirect", Problem: "connections are not redirected: " + why.Error(),
+			Remedy: "clients have to connect again to the VM's new place"})
+	})
 }
 
 func (s *source) beginRedirect(ctx context.Context) error {
@@ -214,14 +223,35 @@ func (s *source) switchRedirect() {
 	}
 }
 
-// undoRedirect ends the redirect of a VM that stays.
-func (s *source) undoRedirect(why string) {
-	if s.redirect.ready == nil {
+// standRedirect begins what follows when the VM has gone. A redirect that is
+// not ready by now is given up: the destination makes nothing more for it.
+func (s *source) standRedirect() {
+	if ready, _ := s.redirectReady(); ready {
+		s.Redirects.Decide(s.entry.Move, true)
 		return
 	}
-	<-s.redirect.ready // its own time is bounded
-	if s.redirect.live != nil {
-		s.redirect.live.Undo(why)
+	s.notRedirected(errors.New("the tunnel was not ready when the VM had gone"))
+	s.undoRedirect("the VM has gone without it")
+}
+
+// undoRedirect ends the redirect of a VM that stays, or has gone before it was
+// ready. What takes long to end is undone when it has.
+func (s *source) undoRedirect(why string) {
+	r := &s.redirect
+	if r.ready == nil {
+		return
+	}
+	r.end()
+	undo := func() {
+		if r.live != nil {
+			r.live.Undo(why)
+		}
+	}
+	select {
+	case <-r.ready:
+		undo()
+	case <-time.After(2 * time.Second):
+		s.work.Go(func() { <-r.ready; undo() })
 	}
 }
 

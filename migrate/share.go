@@ -57,3 +57,8 @@ func memoryMayRead(l load) bool {
 	memory := 1 - float64(l.FirstPassLeft)/float64(max(l.RAM, 1))
 	return memory <= disk+ahead
 }
+
+// farFromStop reports that QEMU can't stop the guest yet, whatever it is let do.
+func farFromStop(l load) bool {
+	return l.RAM == 0 || l.FirstPassLeft > min(int64(tailBytes), l.RAM)
+}

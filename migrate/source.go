@@ -420,7 +420,7 @@ func (s *source) awaitAborted() {
 // releaseGuest removes the guest here: it runs at the destination.
 func (s *source) releaseGuest(ctx context.Context) error {
 	s.move.phase(PhaseSettle)
-	s.Redirects.Decide(s.entry.Move, true)
+	s.standRedirect()
 	if err := s.out.Confirm(ctx, nil, false); err != nil {
 		s.log.Warn("libvirt's Confirm, clearing the source by hand", "error", err)
 	}

@@ -147,6 +147,7 @@ func (sy *syncer) start(cookie []byte) error {
 		sy.performed <- performed{cookie, err}
 	})
 	sy.work.Go(sy.meter)
+	sy.work.Go(sy.watchRedirect)
 	return nil
 }
 
@@ -189,23 +190,31 @@ func (sy *syncer) pace(ctx context.Context, _ int) error {
 	return nil
 }
 
+// watchRedirect ends the sync as soon as a redirect that was asked for by name
+// can't be had.
+func (sy *syncer) watchRedirect() {
+	select {
+	case <-sy.s.redirect.ready:
+		if _, err := sy.s.redirectReady(); err != nil {
+			sy.fail(err)
+		}
+	case <-sy.ctx.Done():
+	}
+}
+
 // mayRead decides whether QEMU's stream is read now. Its end waits for the
-// redirect to be ready, and for the hook that runs before the stop.
+// redirect to be ready, and for the hook that runs before the stop; where the
+// stream is not understood all but its beginning does.
 func (sy *syncer) mayRead() bool {
 	l := sy.load()
 	if !memoryMayRead(l) {
 		return false
 	}
-	if l.RAM == 0 || l.FirstPassLeft > min(int64(tailBytes), l.RAM) || sy.hooked {
+	if sy.hooked || !sy.memoryStats().Opaque && farFromStop(l) {
 		return true
 	}
-	ready, err := sy.s.redirectReady()
-	if err != nil {
-		sy.fail(err)
-		return false
-	}
-	if !ready {
-		return false
+	if ready, err := sy.s.redirectReady(); !ready || err != nil {
+		return false // watchRedirect ends the sync
 	}
 	sy.hooked = true
 	if err := sy.s.Hooks.run(sy.ctx, BeforeStop, sy.s.hookEnv()); err != nil {
