@@ -16,8 +16,8 @@
 //	COMMUNITIES            "65020:100"                               1997
 //	LARGE_COMMUNITY        "65020:1:2"                               8092
 //
-// The site that a VM has left looks with [Speaker.Seen] whether its routers
-// have learned the VM's route, and from where. A router tells its peers only
+// Both sites of a move look with [Speaker.Arrived] whether their routers have
+// learned the VM's new route; [Speaker.Seen] tells from where. A router tells its peers only
 // the route that it uses itself; so a site that still announces the address
 // does not see another's route before its own loses or is withdrawn.
 //
