@@ -97,6 +97,8 @@ func (in *incoming) run(ctx context.Context) {
 	}
 	stopParts()
 	in.drainEvents()
+	// Until now serveRedirect may have made something.
+	in.Redirects.Decide(in.ask.Move, in.entry.State == handoff.Running)
 	if in.unwatch != nil {
 		in.unwatch()
 	}

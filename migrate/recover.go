@@ -9,6 +9,7 @@ import (
 
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
+	"github.com/wanmig/wanmig/netredirect"
 	"github.com/wanmig/wanmig/tunnel"
 )
 
@@ -44,8 +45,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 	return nil
 }
 
-// decideRedirects takes up the redirects of moves that are over, and removes
-// those of moves that the journal knows nothing of.
+// decideRedirects takes up the redirects of moves that are over.
 func (e *Engine) decideRedirects(entries []handoff.Entry) {
 	known := map[string]handoff.State{}
 	for _, entry := range entries {
@@ -53,10 +53,20 @@ func (e *Engine) decideRedirects(entries []handoff.Entry) {
 	}
 	for _, move := range e.Redirects.Moves() {
 		state, ok := known[move]
-		if !ok || state.Final() {
-			e.Redirects.Decide(move, state == handoff.Released || state == handoff.Running)
+		if x, stands := e.Redirects.Find(move); stands && (!ok || state.Final()) {
+			e.Redirects.Decide(move, hasGone(state, x.Status().State))
 		}
 	}
+}
+
+// hasGone tells whether the VM of a redirect went to the destination, by its
+// move's final state. Where the journal has none any more the move ended long
+// ago, and a redirect that has been switched is one whose VM went.
+func hasGone(move handoff.State, redirect netredirect.State) bool {
+	if move == "" {
+		return redirect != netredirect.Opening && redirect != netredirect.Armed
+	}
+	return move == handoff.Released || move == handoff.Running
 }
 
 func (e *Engine) recoverMove(ctx context.Context, m *Move, entry handoff.Entry) {
