@@ -1,5 +1,6 @@
 #!/bin/sh
-# A VM crosses an emulated WAN, memory and disks, while a client talks to it; then it is proved that nothing was lost.
+# A VM crosses an emulated WAN, memory and disks, while a client's connections to it go on; then it is proved that nothing
+# was lost.
 set -eu
 cd "$(dirname "$0")/.."
 if [ "$(id -u)" != 0 ]; then
@@ -9,28 +10,65 @@ fi
 PATH="$PWD/bin:$PATH"
 WANLAB_DIR=$(mktemp -d /var/tmp/wanlab-demo-XXXXXX)
 export PATH WANLAB_DIR
-trap 'wanlab down; rmdir "$WANLAB_DIR" 2>/dev/null || true' EXIT
-trap 'exit 1' INT TERM
+background=""
+clean_up() {
+	trap '' HUP INT TERM
+	for pid in $background; do
+		kill "$pid" 2>/dev/null || true
+	done
+	wanlab down
+	rm -f "$WANLAB_DIR.client" "$WANLAB_DIR.probe"
+	rmdir "$WANLAB_DIR" 2>/dev/null || true
+}
+trap clean_up EXIT
+trap 'exit 1' HUP INT TERM
 
 step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
 
-step "Two data centres, 100 Mbit/s and 50 ms apart"
-run wanlab up --rate 100mbit --rtt 50ms
+# until_gone SITE waits until no tunnel stands at a site.
+until_gone() {
+	for _ in $(seq 60); do
+		wanlab exec "$1" -- wanmig redirect | grep -q standing || return 0
+		sleep 1
+	done
+	wanlab exec "$1" -- wanmig redirect show web
+	echo "make demo: the tunnel still stands at $1 after a minute" >&2
+	return 1
+}
+
+step "Two data centres, 100 Mbit/s and 50 ms apart, and users of both; their routers talk BGP"
+run wanlab up --services --rate 100mbit --rtt 50ms
 
 step "A guest with two disks, that writes memory and disks and verifies what it wrote"
 run wanlab vm web --memory 384MiB --disk 512MiB,format=raw --disk 256MiB,format=qcow2 --dirty 4MiB/s --write 1MiB/s
 
-step "Move it, while a client asks it for an echo every 2 ms"
-wanlab probe web --interval 2ms >"$WANLAB_DIR.probe" &
+step "Move it, while a client in users keeps a TCP stream, a record every 10 ms, and a download"
+run wanlab exec users -- ip route get 10.10.0.10
+echo '$ wanlab client web --stream 10ms --download 1024,2MiB/s &'
+echo '$ wanlab probe web --interval 5ms &'
+wanlab client web --stream 10ms --download 1024,2MiB/s >"$WANLAB_DIR.client" 2>&1 &
+client=$!
+wanlab probe web --interval 5ms >"$WANLAB_DIR.probe" 2>&1 &
 probe=$!
+background="$client $probe"
 run wanlab exec local-dc -- wanmig move web --to remote-dc
-sleep 2
-kill -INT "$probe"
+
+step "The tunnel that its connections take, until users' router knows the way to the other data centre"
+run wanlab exec local-dc -- wanmig redirect show web
+until_gone local-dc
+run wanlab exec local-dc -- wanmig redirect
+run wanlab exec users -- ip route get 10.10.0.10
+
+step "What the client has seen, and the hosts of both data centres, which ask the guest for an echo every 5 ms"
+kill -INT "$client" "$probe"
+status=0
+wait "$client" || status=$?
 wait "$probe" || true
-cat "$WANLAB_DIR.probe"
-# QEMU's TCG stands still at the source when it first looks which pages are dirty; a KVM guest does not.
-rm -f "$WANLAB_DIR.probe"
+background=""
+cat "$WANLAB_DIR.client" "$WANLAB_DIR.probe"
+echo "(A gap at local-dc is QEMU's TCG, which stands still when a migration first asks which pages are dirty; KVM does not.)"
+[ "$status" = 0 ] || { echo "make demo: a connection did not live through the move" >&2; exit 1; }
 
 step "Where is it, and what does it say of its memory and disks?"
 run wanlab exec local-dc -- virsh -q list --all
