@@ -17,9 +17,9 @@
 //	LARGE_COMMUNITY        "65020:1:2"                               8092
 //
 // Both sites of a move look with [Speaker.Arrived] whether their routers have
-// learned the VM's new route; [Speaker.Seen] tells from where. A router tells its peers only
-// the route that it uses itself; so a site that still announces the address
-// does not see another's route before its own loses or is withdrawn.
+// learned the VM's new route; [Speaker.Seen] tells from where. A router tells its
+// peers only the route that it uses itself; so a site that still announces the
+// address does not see another's route before its own loses or is withdrawn.
 //
 // # Restarts
 //
