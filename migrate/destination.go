@@ -16,7 +16,10 @@ const greetTimeout = 20 * time.Second
 
 // Serve answers one session of a peer until it ends.
 func (e *Engine) Serve(ctx context.Context, session *tunnel.Session) {
-	e.work.Add(1)
+	if err := e.begin(); err != nil {
+		session.Close(err.Error())
+		return
+	}
 	defer e.work.Done()
 	log := e.Log.With("peer", session.Peer(), "site", e.Known(session.Peer()), "address", session.RemoteAddr())
 	err := e.serve(ctx, session)

@@ -41,18 +41,21 @@ type Config struct {
 // Engine moves the guests of one host.
 type Engine struct {
 	Config
+	ctx context.Context // the agent's life
 
 	mu       sync.Mutex
 	moves    map[string]*Move     // by move ID, both roles
 	busy     map[string]string    // domain UUID: the move that has it
 	incoming map[string]*incoming // guests that are arriving, by move ID
 	lines    map[string]*line     // by site
-	work     sync.WaitGroup
+	work     sync.WaitGroup       // grows by begin, or from inside
+	stopping bool                 // Wait was called
 }
 
-// New makes an engine and reads the ended moves of the journal.
-func New(c Config) (*Engine, error) {
-	e := &Engine{Config: c, moves: map[string]*Move{}, busy: map[string]string{}, incoming: map[string]*incoming{}, lines: map[string]*line{}}
+// New makes an engine and reads the ended moves of the journal. ctx is the
+// agent's life.
+func New(ctx context.Context, c Config) (*Engine, error) {
+	e := &Engine{Config: c, ctx: ctx, moves: map[string]*Move{}, busy: map[string]string{}, incoming: map[string]*incoming{}, lines: map[string]*line{}}
 	const kept = 1000
 	if err := c.Journal.Trim(kept); err != nil {
 		return nil, err
@@ -105,8 +108,25 @@ func statusOf(entry handoff.Entry) Status {
 	return s
 }
 
-// Wait returns when every move and session has ended.
+// errStopping is returned when work comes to an engine that stops.
+var errStopping = errors.New("the agent stops")
+
+// begin counts something that Wait has to wait for; e.work.Done ends it.
+func (e *Engine) begin() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.stopping {
+		return errStopping
+	}
+	e.work.Add(1)
+	return nil
+}
+
+// Wait returns when every move, session and hook has ended. No other begins.
 func (e *Engine) Wait() {
+	e.mu.Lock()
+	e.stopping = true
+	e.mu.Unlock()
 	e.work.Wait()
 	e.hangUp()
 }
@@ -141,10 +161,15 @@ func (e *Engine) Start(ctx context.Context, req Request) (*Move, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	m := newMove(Status{Move: newMoveID(), Role: "source", VM: dom.Name, UUID: dom.UUID, Peer: req.To,
 		Phase: PhaseCheck, Started: time.Now()}, cancel)
-	if err := e.claim(dom.UUID, m); err != nil {
+	if err := e.begin(); err != nil {
+		cancel(nil)
 		return nil, err
 	}
-	e.work.Add(1)
+	if err := e.claim(dom.UUID, m); err != nil {
+		e.work.Done()
+		cancel(nil)
+		return nil, err
+	}
 	go func() {
 		defer e.work.Done()
 		defer cancel(nil)

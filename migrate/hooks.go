@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -56,8 +55,11 @@ func (h Hooks) run(ctx context.Context, hook Hook, env []string) error {
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) } // with its children
 	cmd.WaitDelay = time.Second                                                          // of children that hold its output open
 	if err := cmd.Run(); err != nil && !errors.Is(err, exec.ErrWaitDelay) {              // it ended well, and left a child behind
-		if ctx.Err() != nil {
+		switch {
+		case errors.Is(ctx.Err(), context.DeadlineExceeded):
 			err = fmt.Errorf("it did not end in %v", h.Timeout)
+		case ctx.Err() != nil:
+			err = fmt.Errorf("it was ended: %w", context.Cause(ctx))
 		}
 		return fmt.Errorf("hook %s: %s: %w: %s", hook, program, err, strings.TrimSpace(strings.ToValidUTF8(string(out), "?")))
 	}
@@ -72,11 +74,25 @@ func (h *head) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// report logs the failure of a hook that nothing waits for.
-func (h Hooks) report(log *slog.Logger, err error) {
-	if err != nil {
-		log.Warn("hook failed: do by hand what it should have done", "error", err)
+// runHook runs a hook that no move waits for, and logs its failure. It ends with
+// the agent.
+func (e *Engine) runHook(log *slog.Logger, hook Hook, env []string) {
+	report := func(err error) {
+		if err != nil {
+			log.Warn("hook failed: do by hand what it should have done", "hook", hook, "error", err)
+		}
 	}
+	if e.Hooks.Programs[hook] == "" {
+		return
+	}
+	if err := e.begin(); err != nil {
+		report(err)
+		return
+	}
+	go func() {
+		defer e.work.Done()
+		report(e.Hooks.run(e.ctx, hook, env))
+	}()
 }
 
 // hookEnv describes a move to a hook.
@@ -93,11 +109,12 @@ func hookEnv(move, vm, uuid, role, from, to string, addrs []netip.Addr, mapped m
 }
 
 func (s *source) hookEnv() []string {
-	var addrs []netip.Addr
-	for _, n := range s.redirect.ask.NICs {
-		addrs = append(addrs, n.Addresses...)
+	addrs, mapped := s.Redirects.AddressesOf(s.entry.Move) // new ones offered before the move may have been given to another VM
+	if len(addrs) == 0 {                                   // it is not redirected
+		for _, n := range s.redirect.ask.NICs {
+			addrs = append(addrs, n.Addresses...)
+		}
 	}
-	_, mapped := s.Redirects.AddressesOf(s.entry.Move) // those offered before the move may have been given to another VM
 	return hookEnv(s.entry.Move, s.dom.Name, s.dom.UUID, "source", s.Site, s.req.To, addrs, mapped)
 }
 
@@ -112,10 +129,8 @@ func (e *Engine) Settled(s netredirect.Status) {
 	if s.Role == netredirect.Source {
 		from, to = to, from
 	}
-	e.work.Go(func() {
-		env := hookEnv(s.Move, s.VM, s.UUID, string(s.Role), from, to, slices.Clone(s.Addresses), s.Mapped)
-		e.Hooks.report(e.Log, e.Hooks.run(context.Background(), AfterSettle, env))
-	})
+	env := hookEnv(s.Move, s.VM, s.UUID, string(s.Role), from, to, s.Addresses, s.Mapped)
+	e.runHook(e.Log.With("move", s.Move, "vm", s.VM), AfterSettle, env)
 }
 
 // Check checks each hook's program before it is needed.

@@ -180,16 +180,18 @@ func TestHookOutputIsBounded(t *testing.T) {
 }
 
 func TestHookReport(t *testing.T) {
-	var out strings.Builder
-	log := slog.New(slog.NewTextHandler(&out, nil))
-	var h Hooks
-	h.report(log, nil)
-	if out.Len() != 0 {
-		t.Errorf("reported nothing as %s", out.String())
-	}
-	h.report(log, errors.New("exit status 7"))
-	if !strings.Contains(out.String(), "level=WARN") || !strings.Contains(out.String(), "exit status 7") {
-		t.Errorf("reported: %s", out.String())
+	for script, want := range map[string]string{"": "", "true": "", "exit 7": "exit status 7"} {
+		var out strings.Builder
+		log := slog.New(slog.NewTextHandler(&out, nil))
+		e := &Engine{ctx: t.Context()}
+		if script != "" {
+			e.Hooks, _ = hooked(t, time.Minute, script)
+		}
+		e.runHook(log, BeforeStop, nil)
+		e.Wait()
+		if got := out.String(); (got == "") != (want == "") || !strings.Contains(got, want) || want != "" && !strings.Contains(got, "level=WARN") {
+			t.Errorf("%q is reported as %q", script, got)
+		}
 	}
 }
 
@@ -217,7 +219,7 @@ func TestSettledRunsAtBothEnds(t *testing.T) {
 		out := filepath.Join(t.TempDir(), "seen")
 		h, program := hooked(t, time.Minute, `echo "$WANMIG_FROM $WANMIG_TO $WANMIG_ROLE $1 $WANMIG_ADDRESSES" > "`+out+`"`)
 		h.Programs = map[Hook]string{AfterSettle: program}
-		e := &Engine{Config: Config{Hooks: h, Log: slog.New(slog.DiscardHandler), Site: "here"}}
+		e := &Engine{Config: Config{Hooks: h, Log: slog.New(slog.DiscardHandler), Site: "here"}, ctx: t.Context()}
 		e.Settled(netredirect.Status{Role: role, Peer: "there", Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.1")}})
 		e.work.Wait()
 		text, err := os.ReadFile(out)
@@ -239,5 +241,38 @@ func TestSourceHookTellsNoOffers(t *testing.T) {
 		if !slices.Contains(env, want) {
 			t.Errorf("no %q in %q", want, env)
 		}
+	}
+}
+
+// TestHooksEndWithTheAgent ends one that runs, and begins none when it stops.
+func TestHooksEndWithTheAgent(t *testing.T) {
+	began := filepath.Join(t.TempDir(), "began")
+	h, _ := hooked(t, time.Minute, `> "$BEGAN"; sleep 1000`)
+	ctx, cancel := context.WithCancel(t.Context())
+	var out strings.Builder
+	log := slog.New(slog.NewTextHandler(&out, nil))
+	e := &Engine{Config: Config{Hooks: h}, ctx: ctx}
+	e.runHook(log, BeforeStop, []string{"BEGAN=" + began})
+	for {
+		if _, err := os.Stat(began); err == nil {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	cancel()
+	e.Wait()
+	if got := out.String(); !strings.Contains(got, "it was ended: context canceled") {
+		t.Errorf("the one that ran: %q", got)
+	}
+	out.Reset()
+	if err := os.Remove(began); err != nil {
+		t.Fatal(err)
+	}
+	e.runHook(log, BeforeStop, []string{"BEGAN=" + began})
+	if _, err := os.Stat(began); !errors.Is(err, os.ErrNotExist) || !strings.Contains(out.String(), "the agent stops") {
+		t.Errorf("begun by an agent that stops: %v, %q", err, out.String())
+	}
+	if err := e.begin(); !errors.Is(err, errStopping) {
+		t.Errorf("other work: %v", err)
 	}
 }

@@ -462,12 +462,12 @@ func (in *incoming) accept(ctx context.Context) {
 		JournalMS: ms(start, journaled), FinishMS: ms(journaled, resumed), Paused: in.ask.Paused})
 	in.virt.Close()
 	in.Redirects.Decide(in.ask.Move, true)
-	in.Hooks.report(in.log, in.Hooks.run(finishCtx, AfterResume, in.hookEnv()))
 	if in.ask.Persist && in.ask.Autostart {
 		if err := in.Host.SetAutostart(finishCtx, in.ask.UUID, true); err != nil {
 			in.log.Warn("autostart not set, set it by hand", "error", err)
 		}
 	}
+	in.runHook(in.log, AfterResume, in.hookEnv())
 }
 
 // couldHaveRun looks what became of a guest whose Finish failed. Only one that

@@ -425,6 +425,7 @@ func (s *source) releaseGuest(ctx context.Context) error {
 		s.log.Warn("libvirt's Confirm, clearing the source by hand", "error", err)
 	}
 	s.out.Close()
-	s.Hooks.report(s.log, s.Hooks.run(ctx, AfterResume, s.hookEnv()))
-	return s.clear(ctx, s.entry)
+	err := s.clear(ctx, s.entry)
+	s.runHook(s.log, AfterResume, s.hookEnv())
+	return err
 }
