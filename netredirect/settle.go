@@ -131,7 +131,7 @@ func (x *redirect) routeSeen() bool {
 	}
 	for _, p := range x.prefixes() {
 		sightings, err := x.m.bgp.Seen(p)
-		x.problem("BGP", err)
+		x.problem("routes seen", err)
 		if err != nil || len(sightings) == 0 {
 			return false
 		}
