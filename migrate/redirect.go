@@ -75,8 +75,7 @@ func (s *source) askRedirect(ctx context.Context) (netredirect.Ask, []Finding, e
 	if err != nil {
 		return netredirect.Ask{}, nil, err
 	}
-	ask, found := s.Redirects.Ask(o, nics, peer)
-	ask.UUID = s.dom.UUID
+	ask, found := s.Redirects.Ask(o, s.dom.UUID, nics, peer)
 	return ask, append(findings, redirectFindings(found)...), nil
 }
 

@@ -37,7 +37,7 @@ func (m *Manager) Answer(ask Ask, nics []NIC, from netip.Addr) (Offer, error) {
 		return o, err
 	}
 	o.Outer = outer
-	if err := checkClaims(ask.NICs, from); err != nil {
+	if err := m.checkClaims(ask.UUID, ask.NICs, from); err != nil {
 		o.Findings = append(o.Findings, Finding{Check: "redirect", Problem: fmt.Sprintf("connections break, at %s: %v", m.Site, err), Remedy: "name the VM's addresses with --address"})
 		return o, nil
 	}
@@ -144,7 +144,7 @@ func (m *Manager) leftFrom(uuid string, n NIC) bool {
 // map1to1 chooses a free address of the pool for each foreign one of the VM.
 // Called with the lock held.
 func (m *Manager) map1to1(nics []hostNIC) (map[netip.Addr]netip.Addr, error) {
-	hosts, err := reserved(netip.Addr{})
+	hosts, err := m.reserved("", netip.Addr{})
 	if err != nil {
 		return nil, err
 	}
@@ -257,7 +257,7 @@ func (m *Manager) serveOpen(ctx context.Context, a Arrival, ask openRequest) (an
 	if err != nil {
 		return nil, err
 	}
-	if err := checkClaims(ask.NICs, a.Peer.Address); err != nil {
+	if err := m.checkClaims(a.UUID, ask.NICs, a.Peer.Address); err != nil {
 		return nil, err
 	}
 	here, err := m.place(a.UUID, ask.NICs, a.NICs)

@@ -146,6 +146,7 @@ func TestResizeIsForAllThatShare(t *testing.T) {
 // and where it is foreign.
 func TestAnswer(t *testing.T) {
 	s := planSite(t)
+	s.sh("echo 1 > /proc/sys/net/ipv4/ip_forward")
 	m := s.manager()
 	m.Mode, m.Pool = New, []netip.Prefix{netip.MustParsePrefix("203.0.113.96/31")}
 	from := addr("203.0.113.2")
@@ -251,11 +252,12 @@ func TestOpenRefusesBeforeItChanges(t *testing.T) {
 // host's address, or the other host's.
 func TestGuestClaimsAHostsAddress(t *testing.T) {
 	s := planSite(t)
+	s.sh("echo 1 > /proc/sys/net/ipv4/ip_forward")
 	m := s.manager()
 	peer := addr("203.0.113.2")
 	for address, ok := range map[string]bool{"192.0.2.10": true, "192.0.2.1": false, "203.0.113.1": false, "203.0.113.2": false} {
 		s.must(func() error {
-			ask, findings := m.Ask(Options{Kind: Auto}, []NIC{{MAC: "52:54:00:00:00:01", Bridge: "br0", Tap: "v0", Addresses: addrs(address)}}, peer)
+			ask, findings := m.Ask(Options{Kind: Auto}, "", []NIC{{MAC: "52:54:00:00:00:01", Bridge: "br0", Tap: "v0", Addresses: addrs(address)}}, peer)
 			if (len(ask.NICs) == 1) != ok || len(findings) == 0 != ok {
 				t.Errorf("%s: %+v, %+v", address, ask.NICs, findings)
 			}

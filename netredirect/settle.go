@@ -89,6 +89,9 @@ func (x *redirect) liveSource() (done bool) {
 	var reply syncReply
 	err := x.m.Call(ctx, x.Site, x.Peer, x.Move, opSync,
 		syncRequest{Idle: x.idle(), RouteSeen: seen, Draining: x.state() == Draining, Waits: retiring}, &reply)
+	if err == nil {
+		err = reply.validate()
+	}
 	x.problem("destination", err)
 	switch {
 	case errors.Is(err, ErrUnknown):
@@ -103,7 +106,7 @@ func (x *redirect) liveSource() (done bool) {
 	}
 	if err == nil {
 		x.see.Lock()
-		x.waits, x.flows = bounded(reply.Waits), reply.Flows[:min(len(reply.Flows), maxFlows)]
+		x.waits, x.flows = reply.Waits, reply.Flows
 		x.see.Unlock()
 	}
 	return false
@@ -123,16 +126,16 @@ func (x *redirect) state() State {
 	return x.State
 }
 
-// routeSeen reports whether a BGP peer here has a route to each address of the
-// VM that is not ours.
+// routeSeen reports whether the network has the route to each address of the VM
+// at its destination, as far as the BGP peers here tell.
 func (x *redirect) routeSeen() bool {
 	if x.m.bgp == nil {
 		return false
 	}
 	for _, p := range x.prefixes() {
-		sightings, err := x.m.bgp.Seen(p)
+		arrived, err := x.m.bgp.Arrived(p, x.Role == Destination)
 		x.problem("routes seen", err)
-		if err != nil || len(sightings) == 0 {
+		if err != nil || !arrived {
 			return false
 		}
 	}

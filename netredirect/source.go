@@ -30,11 +30,11 @@ type VM struct {
 
 // Ask makes what a destination has to know, and the findings at the source. nics
 // are the VM's with the addresses known; peer is the destination's address.
-func (m *Manager) Ask(o Options, nics []NIC, peer netip.Addr) (Ask, []Finding) {
+func (m *Manager) Ask(o Options, uuid string, nics []NIC, peer netip.Addr) (Ask, []Finding) {
 	if o.Kind == None {
 		return Ask{Options: o}, nil
 	}
-	ask := Ask{Options: o, Kinds: m.kinds(o.Kind)}
+	ask := Ask{UUID: uuid, Options: o, Kinds: m.kinds(o.Kind)}
 	var findings []Finding
 	var err error
 	if _, ask.Outer, _, err = m.net.RouteTo(peer); err != nil {
@@ -52,7 +52,7 @@ func (m *Manager) Ask(o Options, nics []NIC, peer netip.Addr) (Ask, []Finding) {
 				Remedy: "name it with --address " + n.MAC + "=ADDRESS, or run a guest agent in the VM"})
 			continue
 		}
-		if err := checkClaims([]NIC{n}, peer); err != nil {
+		if err := m.checkClaims(uuid, []NIC{n}, peer); err != nil {
 			findings = append(findings, Finding{Check: "redirect", Problem: fmt.Sprintf("connections by it break: %v", err),
 				Remedy: "name the VM's addresses with --address " + n.MAC + "=ADDRESS"})
 			continue
