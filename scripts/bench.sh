@@ -1,11 +1,14 @@
 #!/bin/sh
-# Measures: the data paths by themselves, then whole moves beside virsh, on the same link in the same run.
+# Measures: the data paths by themselves, tunnels with and without an emulated link, the gap that a client sees, and whole
+# moves beside virsh, on the same link in the same run.
 set -eu
 cd "$(dirname "$0")/.."
 go test -run '^$' -bench . -benchtime 1s ./compress ./memsync ./blocksync/... ./tunnel
 if [ "$(id -u)" != 0 ]; then
-	echo "make bench: the side-by-side moves need the lab, and so root: run it as root" >&2
+	echo "make bench: tunnels and moves need the lab, and so root: run it as root" >&2
 	exit 1
 fi
 bin/wanlab image
-go test -tags bench -count=1 -timeout 30m -run 'SideBySide|QUICTunnel' ./lab/e2e
+export WANLAB_GUEST="$PWD/bin/wanlab-guest"
+go test -tags bench -count=1 -v -run Throughput ./netredirect/encap
+go test -tags bench -count=1 -timeout 30m -run 'TunnelKinds|LongestGap|SideBySide' ./lab/e2e
