@@ -263,13 +263,11 @@ func (sy *syncer) notePeak() { sy.peak.Store(max(sy.peak.Load(), sy.pending())) 
 
 // event learns of the guest's stop.
 func (sy *syncer) event(ev hypervisor.Event) {
-	if ev.Kind != hypervisor.EventSuspended {
+	if !finalStop(ev) {
 		return
 	}
 	sy.stopAt.CompareAndSwap(0, ev.Time.UnixNano())
-	if finalStop(ev) {
-		sy.s.switchRedirect()
-	}
+	sy.s.switchRedirect()
 	sy.s.move.phase(PhaseHandoff)
 }
 
