@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestPacketsOfBothVersionsPass(t *testing.T) {
@@ -26,6 +27,10 @@ func TestPacketsOfBothVersionsPass(t *testing.T) {
 				}
 				for _, tunnel := range []*Tunnel{near, far} {
 					s := tunnel.Stats()
+					// What has arrived is counted a moment later.
+					for until := time.Now().Add(5 * time.Second); s.Received.Bytes < 32<<20 && time.Now().Before(until); s = tunnel.Stats() {
+						time.Sleep(10 * time.Millisecond)
+					}
 					if s.Drops != (Drops{}) {
 						t.Errorf("dropped: %+v", s.Drops)
 					}
