@@ -14,11 +14,16 @@ bin/wanlab image # once, before tests wait for it
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 status=0
-# The parts of redirection mostly wait, each in namespaces of its own. Of the others one package at a time: each
-# lab wants the machine for itself.
-go test -tags lab -count=1 -p 4 -timeout 10m -run "${RUN:-.}" -v ./netredirect/... >"$log" 2>&1 || status=$?
+# Labs want the machine for themselves, one at a time; the parts that have namespaces of their own mostly wait.
+tests() { # JOBS PACKAGES...
+	jobs=$1
+	shift
+	go test -tags lab -count=1 -p "$jobs" -timeout 14m -run "${RUN:-.}" -v "$@" >>"$log" 2>&1 || status=$?
+}
+tests 4 ./netredirect/...
 # shellcheck disable=SC2046
-go test -tags lab -count=1 -p 1 -timeout 14m -run "${RUN:-.}" -v $(go list ./... | grep -v /netredirect) >>"$log" 2>&1 || status=$?
+tests 2 $(go list ./... | grep -vE '/netredirect|/lab(/e2e)?$')
+tests 1 ./lab ./lab/e2e
 grep -E '^(=== RUN|\? )|no tests to run' -v "$log" || true
 if grep -q -- '--- SKIP' "$log"; then
 	echo "make lab: a test was skipped: that counts as failed" >&2

@@ -19,6 +19,9 @@ import (
 	"github.com/wanmig/wanmig/netredirect"
 )
 
+// The tests of this file run beside each other, each in a lab of its own: they mostly
+// wait for links, caches and quiet times.
+
 // flows are a client's connections to a guest, from users.
 type flows struct {
 	w        *world
@@ -217,6 +220,7 @@ func (w *world) directly(v *lab.VM, to netip.Addr) {
 // back, with connections of every kind open all the time, and checks that both
 // hosts are as they were once nothing uses the tunnels.
 func TestConnectionsFollowTheRoute(t *testing.T) {
+	t.Parallel()
 	w := newWorldWith(t, lab.Options{Services: true}, "100mbit", "50ms")
 	before := map[string]string{lab.LocalDC: w.dump(lab.LocalDC), lab.RemoteDC: w.dump(lab.RemoteDC)}
 	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, SSH: true, Disks: []lab.DiskOptions{disk(t, "256MiB")}})
@@ -253,6 +257,7 @@ func TestConnectionsFollowTheRoute(t *testing.T) {
 // TestConnectionsOutliveTheOldAddress moves a guest to new addresses: DNS leads
 // new clients there, and old connections go on.
 func TestConnectionsOutliveTheOldAddress(t *testing.T) {
+	t.Parallel()
 	w := newWorldWith(t, lab.Options{Services: true}, "100mbit", "50ms")
 	before := map[string]string{lab.LocalDC: w.dump(lab.LocalDC), lab.RemoteDC: w.dump(lab.RemoteDC)}
 	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "256MiB")}})
@@ -309,6 +314,7 @@ func TestConnectionsOutliveTheOldAddress(t *testing.T) {
 // TestRedirectOutlivesItsAgents kills the agents while a redirect is made and
 // while it stands: connections go on, and nothing is left in the end.
 func TestRedirectOutlivesItsAgents(t *testing.T) {
+	t.Parallel()
 	w := newWorldWith(t, lab.Options{Services: true}, "200mbit", "20ms")
 	before := map[string]string{lab.LocalDC: w.dump(lab.LocalDC), lab.RemoteDC: w.dump(lab.RemoteDC)}
 	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "256MiB")}})
@@ -354,6 +360,7 @@ func TestRedirectOutlivesItsAgents(t *testing.T) {
 // TestRedirectTellsWhatIsMissing lets DNS and BGP fail: the move is unharmed, the
 // tunnel stays, and the status says what to do.
 func TestRedirectTellsWhatIsMissing(t *testing.T) {
+	t.Parallel()
 	w := newWorldWith(t, lab.Options{Services: true}, "200mbit", "20ms")
 	cases := []struct {
 		name, config, want string
@@ -398,6 +405,7 @@ func TestRedirectTellsWhatIsMissing(t *testing.T) {
 
 // TestHooks runs programs of the operator's at their moments.
 func TestHooks(t *testing.T) {
+	t.Parallel()
 	const hooks = "hooks: {before_stop: /etc/wanmig/hook, after_resume: /etc/wanmig/hook, after_settle: /etc/wanmig/hook, timeout: 5s}\nredirect: {quiet: 1s}"
 	const script = "#!/bin/sh\n[ -e /etc/wanmig/refuse ] && { echo not now; exit 1; }\necho \"$1 $WANMIG_ROLE $WANMIG_VM $WANMIG_FROM $WANMIG_TO $WANMIG_ADDRESSES\" >>/etc/wanmig/hook.log\n"
 	w := newWorldWith(t, lab.Options{}, "400mbit", "20ms")
