@@ -131,6 +131,7 @@ func loop(t *testing.T, size int64) string {
 
 // TestRoundTrip moves one guest under load back and forth, twenty times.
 func TestRoundTrip(t *testing.T) {
+	t.Parallel() // beside the redirects, which mostly wait
 	w := newWorld(t, "400mbit", "20ms")
 	v := w.vm(lab.VMOptions{Name: "traveller", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "128MiB")},
 		Dirty: 4 << 20, Write: 1 << 20, WorkingSet: 32 << 20})
