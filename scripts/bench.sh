@@ -9,6 +9,5 @@ if [ "$(id -u)" != 0 ]; then
 	exit 1
 fi
 bin/wanlab image
-export WANLAB_GUEST="$PWD/bin/wanlab-guest"
 go test -tags bench -count=1 -v -run Throughput ./netredirect/encap
-go test -tags bench -count=1 -timeout 30m -run 'TunnelKinds|LongestGap|SideBySide' ./lab/e2e
+go test -tags bench -count=1 -v -timeout 30m -run 'TunnelKinds|LongestGap|SideBySide' ./lab/e2e
