@@ -89,6 +89,7 @@ func suspend(t *testing.T, v *VM, length time.Duration) {
 }
 
 func TestFlows(t *testing.T) {
+	t.Parallel() // in a lab of its own, mostly waiting for its guest
 	l := makeLab(t, DefaultLink())
 	v := createVM(t, l, VMOptions{Name: "web server", SSH: true, Memory: 256 << 20, Disks: []DiskOptions{{Size: 16 << 20, Format: "raw", Bus: "virtio"}}})
 
@@ -221,6 +222,7 @@ func filter(t *testing.T, l *Lab, rules string) {
 }
 
 func TestGuestAgentKnowsTheAddresses(t *testing.T) {
+	t.Parallel() // in a lab of its own, mostly waiting for its guest
 	l := makeLab(t, LinkSettings{Rate: 1e9, RTT: 10 * time.Millisecond})
 	v := createVM(t, l, VMOptions{Name: "web", GuestAgent: true, Memory: 256 << 20, Disks: []DiskOptions{{Size: 16 << 20, Format: "raw", Bus: "virtio"}}})
 	awaitAgent(t, v, LocalDC)

@@ -196,6 +196,7 @@ func damage(t *testing.T, image string, magic []byte, offset int64) {
 }
 
 func TestGuestMovesByVirsh(t *testing.T) {
+	t.Parallel() // in a lab of its own, mostly waiting for its guest
 	l := makeLab(t, LinkSettings{Rate: 1e9, RTT: 10 * time.Millisecond})
 	v := createVM(t, l, VMOptions{Name: "web", Dirty: testDirty, Write: testWrite, Disks: []DiskOptions{{Size: 64 << 20, Format: "raw", Bus: "virtio"}}})
 	work(t, v, LocalDC)
@@ -315,6 +316,7 @@ func wantNothingLeft(t *testing.T, l *Lab, name string) {
 }
 
 func TestGuestWithUEFIAndSATA(t *testing.T) {
+	t.Parallel() // in a lab of its own, mostly waiting for its guest
 	l := makeLab(t, DefaultLink())
 	v := createVM(t, l, VMOptions{Name: "efi", UEFI: true, Disks: []DiskOptions{{Size: 64 << 20, Format: "qcow2", Bus: "sata"}}})
 	result := verify(t, v, LocalDC)
