@@ -467,7 +467,7 @@ func (m *Manager) Observed(ctx context.Context, n NIC) []netip.Addr {
 		return all
 	}
 	defer o.Close()
-	const moment = 1500 * time.Millisecond
+	const moment = time.Second
 	select {
 	case <-ctx.Done():
 	case <-time.After(moment):
