@@ -20,9 +20,8 @@ tests() { # JOBS PACKAGES...
 	shift
 	go test -tags lab -count=1 -p "$jobs" -timeout 14m -run "${RUN:-.}" -v "$@" >>"$log" 2>&1 || status=$?
 }
-tests 4 ./netredirect/...
 # shellcheck disable=SC2046
-tests 2 $(go list ./... | grep -vE '/netredirect|/lab(/e2e)?$')
+tests 4 $(go list ./... | grep -vE '/lab(/e2e)?$')
 tests 1 ./lab ./lab/e2e
 grep -E '^(=== RUN|\? )|no tests to run' -v "$log" || true
 if grep -q -- '--- SKIP' "$log"; then
