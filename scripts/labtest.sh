@@ -14,15 +14,16 @@ bin/wanlab image # once, before tests wait for it
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 status=0
-# The parts mostly wait, each in namespaces of its own; whole moves have the machine for themselves.
+# Labs want the machine for themselves, one at a time; the parts that have namespaces of their own mostly wait.
 tests() { # JOBS PACKAGES...
 	jobs=$1
 	shift
 	go test -tags lab -count=1 -p "$jobs" -timeout 14m -run "${RUN:-.}" -v "$@" >>"$log" 2>&1 || status=$?
 }
+tests 4 ./netredirect/...
 # shellcheck disable=SC2046
-tests 3 $(go list ./... | grep -v '/lab/e2e$')
-tests 1 ./lab/e2e
+tests 2 $(go list ./... | grep -vE '/netredirect|/lab(/e2e)?$')
+tests 1 ./lab ./lab/e2e
 grep -E '^(=== RUN|\? )|no tests to run' -v "$log" || true
 if grep -q -- '--- SKIP' "$log"; then
 	echo "make lab: a test was skipped: that counts as failed" >&2
