@@ -49,8 +49,6 @@ func TestLongestGap(t *testing.T) {
 		beyond = append(beyond, over)
 		fmt.Printf("  %-10s %7d ms %9d ms %7d ms %7d of %5d\n", to, r.DowntimeMS, s.LongestGap.Length.Milliseconds(),
 			over.Milliseconds(), u.Lost, u.Sent)
-		t.Log(s)
-		t.Log(u)
 		from, to = to, from
 	}
 	slices.Sort(beyond)
