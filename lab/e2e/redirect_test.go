@@ -367,6 +367,7 @@ func TestRedirectTellsWhatIsMissing(t *testing.T) {
 		move               []string
 	}{
 		{"wrong key", "dns: {servers: [10.10.0.1], key_file: /etc/wanmig/wrong.key, ttl: 2s}", "key", []string{"--addresses", "new"}},
+		{"server down", "dns: {servers: [10.10.0.250], key_file: /etc/wanmig/dns.key, ttl: 2s}", "10.10.0.250", []string{"--addresses", "new"}},
 		{"peer down", "bgp: {asn: 65021, router_id: 10.254.2.3, peers: [{address: 10.254.2.7, asn: 65030}]}", "10.254.2.7", nil},
 	}
 	const wrong = "key \"wanlab\" { algorithm hmac-sha256; secret \"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"; };\n"
