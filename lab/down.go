@@ -96,6 +96,12 @@ func (l *Lab) kill(ctx context.Context) error {
 }
 
 func (l *Lab) removeFiles() error {
+	fresh := unclaimed(l.Dir)
+	for _, path := range []string{filepath.Join(fresh, markerName), fresh} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("remove what an up that was stopped left: %w", err)
+		}
+	}
 	marker, err := os.ReadFile(filepath.Join(l.Dir, markerName))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil

@@ -328,6 +328,15 @@ func TestKilledSupervisorTakesAllWithIt(t *testing.T) {
 
 func TestDownAfterAHalfMadeUp(t *testing.T) {
 	for name, crash := range map[string]func(dir string) error{
+		"directory made": func(dir string) error {
+			return os.Mkdir(unclaimed(dir), 0o700)
+		},
+		"not named yet": func(dir string) error {
+			if err := os.Mkdir(unclaimed(dir), 0o700); err != nil {
+				return err
+			}
+			return os.WriteFile(filepath.Join(unclaimed(dir), markerName), nil, 0o600)
+		},
 		"marked": func(dir string) error {
 			lock, err := claim(dir)
 			if err != nil {
@@ -382,6 +391,9 @@ func TestDownAfterAHalfMadeUp(t *testing.T) {
 				t.Fatal(err)
 			}
 			compareTraces(t, before, traces(t, dir))
+			if entries, err := os.ReadDir(filepath.Dir(dir)); err != nil || len(entries) > 0 {
+				t.Errorf("left beside the lab: %v, %v", entries, err)
+			}
 		})
 	}
 }

@@ -152,16 +152,11 @@ func checkDir(dir string) error {
 // claim makes the directory a lab's and locks it. The lock is open in Up and
 // in the supervisor, and is free when both have ended.
 func claim(dir string) (*os.File, error) {
-	marker := markerFound
-	err := os.Mkdir(dir, 0o700)
-	switch {
-	case err == nil:
-		marker = markerMade
-	case !errors.Is(err, os.ErrExist):
-		return nil, fmt.Errorf("make directory: %w", err)
-	}
 	path := filepath.Join(dir, markerName)
 	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return claimNew(dir)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read directory: %w", err)
 	}
@@ -175,13 +170,44 @@ func claim(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("%s holds what is left of a lab that does not run: remove it with wanlab down", dir)
 	}
 	// Exclusive: of two that come here at once, one goes on.
-	lock, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	return mark(path, os.O_EXCL, markerFound)
+}
+
+// unclaimed is where a directory is made: it gets its name with its marker in
+// it, or an end in between would leave one that is nobody's.
+func unclaimed(dir string) string {
+	return filepath.Join(filepath.Dir(dir), markerName+"-"+filepath.Base(dir))
+}
+
+func claimNew(dir string) (*os.File, error) {
+	fresh := unclaimed(dir)
+	if err := os.Mkdir(fresh, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("make directory: %w", err)
+	}
+	lock, err := mark(filepath.Join(fresh, markerName), 0, markerMade)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Rename(fresh, dir); err != nil {
+		lock.Close()
+		return nil, fmt.Errorf("make directory: %w", err)
+	}
+	return lock, nil
+}
+
+// mark writes and locks the marker of a lab's directory.
+func mark(path string, flags int, marker string) (*os.File, error) {
+	lock, err := os.OpenFile(path, flags|os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("mark directory: %w", err)
 	}
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		lock.Close()
-		return nil, fmt.Errorf("lock directory %s: %w", dir, err)
+		return nil, fmt.Errorf("lock directory %s: %w", filepath.Dir(path), err)
+	}
+	if err := lock.Truncate(0); err != nil {
+		lock.Close()
+		return nil, fmt.Errorf("mark directory: %w", err)
 	}
 	if _, err := lock.WriteString(marker); err != nil {
 		lock.Close()
