@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"path/filepath"
 
 	"github.com/wanmig/wanmig/hypervisor"
@@ -24,6 +25,13 @@ func (a *agent) startRedirects(ctx context.Context) (*netredirect.Manager, error
 		Dial: a.dialPackets,
 		Call: func(ctx context.Context, site, peer, move, op string, request, reply any) error {
 			return a.engine.CallRedirect(ctx, site, peer, move, op, request, reply)
+		},
+		SiteOf: func(peer string) (string, bool) {
+			name := a.sites.nameOf(tunnel.ID(peer))
+			return name, name != ""
+		},
+		Reach: func(ctx context.Context, site, peer string) (netip.Addr, error) {
+			return a.engine.Reach(ctx, site, peer)
 		},
 		Present: a.present,
 		NICs: func(ctx context.Context, uuid string) ([]netredirect.NIC, error) {

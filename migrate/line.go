@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 
 	"github.com/wanmig/wanmig/netredirect"
 	"github.com/wanmig/wanmig/tunnel"
@@ -67,7 +68,12 @@ func (e *Engine) inquire(ctx context.Context, session *tunnel.Session, ctl *cont
 		return err
 	}
 	return ctl.answerRedirect(ctx, ask.Seq, func() (any, error) {
-		return e.Redirects.Inquire(string(session.Peer()), ask.Move, ask.Op, ask.Body)
+		from, err := addrOf(session.RemoteAddr())
+		if err != nil {
+			return nil, err
+		}
+		peer := netredirect.Peer{Site: e.Known(session.Peer()), ID: string(session.Peer()), Address: from}
+		return e.Redirects.Inquire(ctx, peer, ask.Move, ask.Op, ask.Body)
 	})
 }
 
@@ -81,6 +87,27 @@ type line struct {
 // CallRedirect asks the agent of a site to serve an operation on a redirect. The
 // session is kept for the next question.
 func (e *Engine) CallRedirect(ctx context.Context, site, peer, move, op string, request, reply any) error {
+	return e.onLine(ctx, site, peer, func(l *line) error {
+		answer, err := l.ctl.redirect(ctx, move, op, request)
+		if err != nil {
+			l.close("no answer")
+			return err
+		}
+		return answer.read(reply)
+	})
+}
+
+// Reach connects to the agent of a site and tells its address.
+func (e *Engine) Reach(ctx context.Context, site, peer string) (address netip.Addr, err error) {
+	err = e.onLine(ctx, site, peer, func(l *line) error {
+		address, err = addrOf(l.session.RemoteAddr())
+		return err
+	})
+	return address, err
+}
+
+// onLine uses the session that is kept to a site.
+func (e *Engine) onLine(ctx context.Context, site, peer string, use func(*line) error) error {
 	e.mu.Lock()
 	l := e.lines[site]
 	if l == nil {
@@ -99,12 +126,7 @@ func (e *Engine) CallRedirect(ctx context.Context, site, peer, move, op string, 
 	if err := e.connect(ctx, l, site, peer); err != nil {
 		return err
 	}
-	answer, err := l.ctl.redirect(ctx, move, op, request)
-	if err != nil {
-		l.close("no answer")
-		return err
-	}
-	return answer.read(reply)
+	return use(l)
 }
 
 // connect makes a line one to the peer, which has the site's name.

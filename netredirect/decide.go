@@ -10,6 +10,7 @@ import (
 type situation struct {
 	Mode    Mode
 	Home    bool // the VM's addresses belong to the destination's own network
+	Relayed bool // it came from a host where the VM was foreign, and another tunnel leads to the VM by now
 	Drained bool // an operator said that nothing more will move
 
 	Names      int           // DNS names that are to move; of mode New
@@ -60,7 +61,7 @@ func unsettled(s situation) []string {
 		return []string{"DNS does not answer with the new addresses everywhere yet"}
 	case s.Mode == New && s.CachedFor > 0:
 		return []string{fmt.Sprintf("caches may have the old addresses for %v more", s.CachedFor.Round(time.Second))}
-	case s.Mode == New, s.Home:
+	case s.Mode == New, s.Home, s.Relayed:
 		return nil
 	case !s.BGP:
 		return []string{"no BGP is configured at the destination: route the VM's addresses there, " + then}

@@ -212,7 +212,7 @@ func (m *Manager) Serve(ctx context.Context, a Arrival, op string, body []byte) 
 		if err != nil {
 			return nil, err
 		}
-		return m.serveOpen(ctx, a, r)
+		return m.serveOpen(ctx, a, r, "")
 	case opResize:
 		r, err := decode[resizeRequest](body)
 		if err == nil && (r.MTU < minMTU || r.MTU > maxMTU) {
@@ -252,7 +252,9 @@ func (m *Manager) of(move, peer string) *redirect {
 	return nil
 }
 
-func (m *Manager) serveOpen(ctx context.Context, a Arrival, ask openRequest) (any, error) {
+// serveOpen makes the end of the tunnel of a VM that arrives, or has arrived by
+// the move that this redirect follows.
+func (m *Manager) serveOpen(ctx context.Context, a Arrival, ask openRequest, follows string) (any, error) {
 	_, local, _, err := m.net.RouteTo(a.Peer.Address)
 	if err != nil {
 		return nil, err
@@ -265,10 +267,18 @@ func (m *Manager) serveOpen(ctx context.Context, a Arrival, ask openRequest) (an
 		return nil, err
 	}
 	r := &record{Move: a.Move, VM: a.Name, UUID: a.UUID, Site: a.Peer.Site, Peer: a.Peer.ID, Role: Destination, State: Opening,
-		Options: ask.Options, Kind: ask.Kind, Device: deviceName(a.Peer.ID, ask.Kind), Local: local, Remote: a.Peer.Address, MTU: ask.MTU, Began: time.Now()}
+		Options: ask.Options, Kind: ask.Kind, Device: deviceName(a.Peer.ID, ask.Kind), Local: local, Remote: a.Peer.Address, MTU: ask.MTU, Began: time.Now(),
+		Vouched: ask.Vouched, Follows: follows}
 	r.setNICs(here)
 	if r.Mode = m.mode(ask.Options); r.home() {
 		r.Mode = Keep // at home it needs no others
+	}
+	if follows != "" {
+		m.mu.Lock()
+		if f := m.redirects[follows]; f != nil {
+			r.Mode = f.Mode
+		}
+		m.mu.Unlock()
 	}
 	x, err := m.open(ctx, r)
 	if err != nil {
@@ -289,7 +299,7 @@ func (m *Manager) serveArm(ctx context.Context, x *redirect, a Arrival) (any, er
 	}
 	nics := x.hostNICs()
 	var err error
-	if x.Mode == New {
+	if x.Mode == New && x.Follows == "" {
 		if x.Mapped, err = m.map1to1(nics); err != nil {
 			return nil, err
 		}
@@ -313,17 +323,34 @@ func (m *Manager) serveArm(ctx context.Context, x *redirect, a Arrival) (any, er
 	if err := x.respond(); err != nil {
 		return nil, err
 	}
-	if x.Mode == New {
+	if x.Mode == New && x.Follows == "" {
 		m.work.Go(x.findNames) // the old TTL passes while the VM still moves
 	}
 	return armReply{Mode: x.Mode, Mapped: x.Mapped}, nil
 }
 
-// Inquire serves an operation on the redirect of a move that is over.
-func (m *Manager) Inquire(peer, move, op string, body []byte) (any, error) {
-	x := m.of(move, peer)
+// Inquire serves an operation on the redirect of a move that is over, or on one
+// that follows a VM that has moved on.
+func (m *Manager) Inquire(ctx context.Context, peer Peer, move, op string, body []byte) (any, error) {
+	if op == opOpen {
+		r, err := decode[openRequest](body)
+		if err == nil {
+			err = r.validate()
+		}
+		if err != nil {
+			return nil, err
+		}
+		return m.serveRepoint(ctx, peer, move, r)
+	}
+	x := m.of(move, peer.ID)
 	if x == nil {
 		return nil, ErrUnknown
+	}
+	if x.Follows != "" && !x.lives() {
+		if op == opStand {
+			return m.serveStand(x)
+		}
+		return m.Serve(ctx, Arrival{VM: VM{Move: move, Name: x.VM, UUID: x.UUID}, Peer: peer}, op, body)
 	}
 	switch op {
 	case opSync:
@@ -362,7 +389,7 @@ func (x *redirect) serveSync(r syncRequest) (any, error) {
 	defer x.m.mu.Unlock()
 	x.see.Lock()
 	defer x.see.Unlock()
-	return syncReply{Remove: remove && len(x.peerWaits) == 0, Waits: append(waits, x.peerWaits...), Serving: x.servingLocked(), Flows: x.flows}, nil
+	return syncReply{Remove: remove && len(x.peerWaits) == 0, Waits: append(waits, x.peerWaits...), Serving: x.servingLocked(), Flows: x.flows, Moved: x.movedOn()}, nil
 }
 
 // lives reports whether the redirect's move is over.

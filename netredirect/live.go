@@ -22,6 +22,8 @@ type redirect struct {
 	ctx        context.Context
 	living     bool       // live runs
 	whole      bool       // everything of it was made again after the agent's start
+	repointing bool       // to where the VM has moved on
+	repointed  time.Time  // when that was last tried
 	naming     sync.Mutex // one looks for names at a time
 
 	see       sync.Mutex // of what follows
@@ -82,7 +84,7 @@ func (x *redirect) rest() {
 
 // respond starts to answer the VM's questions for its neighbours, at a destination.
 func (x *redirect) respond() error {
-	if x.Role != Destination || len(x.responders) > 0 {
+	if x.Role != Destination || x.Follows != "" || len(x.responders) > 0 {
 		return nil
 	}
 	for _, n := range x.hostNICs() {
@@ -275,11 +277,11 @@ func (x *redirect) Undo(why string) {
 // to which it has come back: those that sent its packets away, and those that
 // served it when it was here before.
 func (m *Manager) closePredecessors(x *redirect) {
-	if x.Role != Destination {
+	if x.Role != Destination || x.Follows != "" {
 		return
 	}
 	for _, old := range m.redirects {
-		if old.UUID == x.UUID && old.before(x) {
+		if old.UUID == x.UUID && old.before(x) && !old.stillLeads(x) {
 			if err := m.removeLocked(old, "the VM is back"); err != nil {
 				m.Log.Error("earlier redirect not removed", "move", old.Move, "error", err)
 			}
@@ -290,6 +292,12 @@ func (m *Manager) closePredecessors(x *redirect) {
 			}
 		}
 	}
+}
+
+// stillLeads reports whether a redirect of a VM that has come back to a host
+// where it is foreign leads there again: another host's tunnel to here does.
+func (x *redirect) stillLeads(back *redirect) bool {
+	return x.Role == Destination && x.tunnelled() && x.Peer != back.Peer && !back.home()
 }
 
 // before reports whether a redirect is an earlier one.

@@ -30,6 +30,9 @@ type Config struct {
 	Dial func(ctx context.Context, site, peer string) (Packets, error)
 	// Call asks the agent of a site to serve an operation on the redirect of a move.
 	Call func(ctx context.Context, site, peer, move, op string, request, reply any) error
+	// SiteOf names the site of a peer; Reach tells the address at which it is.
+	SiteOf func(peer string) (site string, known bool)
+	Reach  func(ctx context.Context, site, peer string) (netip.Addr, error)
 	// Present tells whether a VM is still at this host.
 	Present func(ctx context.Context, uuid string) (bool, error)
 	// NICs are those of a VM at this host, without addresses.

@@ -92,7 +92,7 @@ func TestSourceAsksFirst(t *testing.T) {
 	m.redirects["a"] = x
 	ask := func() (reply syncReply) {
 		s.must(func() error {
-			answer, err := m.Inquire("p", "a", opSync, []byte(`{}`))
+			answer, err := m.Inquire(t.Context(), Peer{ID: "p"}, "a", opSync, []byte(`{}`))
 			if err == nil {
 				reply = answer.(syncReply)
 			}
@@ -235,7 +235,7 @@ func TestOpenRefusesBeforeItChanges(t *testing.T) {
 		t.Errorf("journal: %v, %v", records, err)
 	}
 	for _, peer := range []string{"p", ""} { // ends what is not there, and asks of it
-		if _, err := m.Inquire(peer, "a", opSync, []byte(`{}`)); !errors.Is(err, ErrUnknown) {
+		if _, err := m.Inquire(t.Context(), Peer{ID: peer}, "a", opSync, []byte(`{}`)); !errors.Is(err, ErrUnknown) {
 			t.Errorf("asked by %q: %v", peer, err)
 		}
 		if _, err := m.Serve(context.Background(), arrival, opEnd, []byte(`[`)); err != nil {
@@ -243,7 +243,7 @@ func TestOpenRefusesBeforeItChanges(t *testing.T) {
 		}
 	}
 	m.redirects["a"] = m.newRedirect(&record{Move: "a", Peer: "p", Role: Destination, State: Standing})
-	if _, err := m.Inquire("other", "a", opEnd, []byte(`{}`)); !errors.Is(err, ErrUnknown) {
+	if _, err := m.Inquire(t.Context(), Peer{ID: "other"}, "a", opEnd, []byte(`{}`)); !errors.Is(err, ErrUnknown) {
 		t.Errorf("another peer ends it: %v", err)
 	}
 }

@@ -110,6 +110,7 @@ type destinationNeeds struct {
 	nics           []hostNIC
 	egress         Egress
 	mapped         map[netip.Addr]netip.Addr // new address of each of the VM's, of mode New
+	follows        bool                      // another redirect serves the VM's foreign addresses
 }
 
 // planDestination hands what comes out of the tunnel to the VM's tap, where it
@@ -119,15 +120,18 @@ func planDestination(d destinationNeeds) Plan {
 	table := tableOf(d.slot)
 	for _, n := range d.nics {
 		own := &p.Stay // what the VM needs for as long as it lives here
-		if n.home {
+		if n.home || d.follows {
 			own = &p.Arm
 		}
-		*own = append(*own, bridgeSysctls(n, false)...)
-		*own = append(*own, hostnet.Step{FDB: &hostnet.FDB{Dev: n.Tap, MAC: n.MAC}})
+		if served := d.follows && !n.home; !served {
+			*own = append(*own, bridgeSysctls(n, false)...)
+			*own = append(*own, hostnet.Step{FDB: &hostnet.FDB{Dev: n.Tap, MAC: n.MAC}})
+			for _, a := range n.Addresses {
+				*own = append(*own, hostnet.Step{Neighbour: &hostnet.Neighbour{Dev: n.Bridge, IP: a, MAC: n.MAC}})
+			}
+		}
 		for _, a := range n.Addresses {
-			*own = append(*own,
-				hostnet.Step{Neighbour: &hostnet.Neighbour{Dev: n.Bridge, IP: a, MAC: n.MAC}},
-				hostnet.Step{Route: &hostnet.Route{Table: table, Dst: host(a), Dev: n.Bridge}})
+			*own = append(*own, hostnet.Step{Route: &hostnet.Route{Table: table, Dst: host(a), Dev: n.Bridge}})
 			p.Arm = append(p.Arm, hostnet.Step{Rule: &hostnet.Rule{Priority: d.priority, IIf: d.device, To: host(a), Table: table}},
 				hostnet.Step{Rule: &hostnet.Rule{Priority: d.priority + 1, From: host(a), Mark: markOf(d.slot), Mask: markMask, Table: table}})
 			if !n.home {
@@ -141,6 +145,9 @@ func planDestination(d destinationNeeds) Plan {
 	p.Arm = append(p.Arm, hostnet.Step{Table: destinationTable(d)})
 	if table := returnTable(d.slot, d.nics); table != nil {
 		p.Arm = append(p.Arm, hostnet.Step{Table: table})
+	}
+	if d.follows {
+		return p
 	}
 	if foreign := foreignNICs(d.nics); len(foreign) > 0 {
 		p.Stay = append(p.Stay, hostnet.Step{Table: guestTable(d.slot, foreign)})

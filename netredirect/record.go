@@ -44,6 +44,8 @@ type record struct {
 	Deadline time.Time `json:"deadline,omitzero"`
 
 	// Of a destination.
+	Vouched   []string                  `json:"vouched,omitempty"` // the agents that sent the VM's packets to the source
+	Follows   string                    `json:"follows,omitempty"` // the move by which the VM came here, where it was another
 	Mode      Mode                      `json:"mode,omitempty"`
 	Mapped    map[netip.Addr]netip.Addr `json:"mapped,omitempty"` // the VM's own address: its new one
 	Names     []names.Record            `json:"names,omitempty"`

@@ -4,13 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/wanmig/wanmig/netredirect/hostnet"
-	"github.com/wanmig/wanmig/netredirect/names"
 )
 
 // live watches a redirect after its VM has moved, and ends it when it is not
@@ -98,11 +95,16 @@ func (x *redirect) liveSource() (done bool) {
 		return x.finish("the destination does not know of it any more")
 	case err == nil && reply.Remove:
 		return x.finish("nothing uses it")
+	case x.replaced():
+		return x.finish("the VM has moved on, and its packets go there directly")
 	case time.Now().After(x.Deadline):
 		return x.finish("its longest time is over")
 	}
 	if err == nil && reply.Serving {
 		x.problem("BGP", x.m.retireRoutes(x))
+	}
+	if err == nil && reply.Moved != nil {
+		x.repoint(*reply.Moved)
 	}
 	if err == nil {
 		x.see.Lock()
@@ -124,22 +126,6 @@ func (x *redirect) state() State {
 	x.m.mu.Lock()
 	defer x.m.mu.Unlock()
 	return x.State
-}
-
-// routeSeen reports whether the network has the route to each address of the VM
-// at its destination, as far as the BGP peers here tell.
-func (x *redirect) routeSeen() bool {
-	if x.m.bgp == nil {
-		return false
-	}
-	for _, p := range x.prefixes() {
-		arrived, err := x.m.bgp.Arrived(p, x.Role == Destination)
-		x.problem("routes seen", err)
-		if err != nil || !arrived {
-			return false
-		}
-	}
-	return true
 }
 
 // finish removes the source's end, or at the destination the tunnel's.
@@ -212,55 +198,6 @@ func (m *Manager) endResidence(x *redirect) error {
 	}
 	return errors.Join(errs...)
 }
-
-// retireRoutes withdraws what this host announces of a VM that has moved on by
-// redirect x.
-func (m *Manager) retireRoutes(x *redirect) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	var errs []error
-	for _, old := range m.redirects {
-		if old.UUID == x.UUID && old.Role == Destination && old.before(x) && len(old.Announced) > 0 && m.bgp != nil {
-			errs = append(errs, m.bgp.Withdraw(m.ctx, old.Announced))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// retireNames gives the names of a VM that lived here at new addresses, and has
-// left by redirect x, their old ones. It returns what is not done yet.
-func (m *Manager) retireNames(x *redirect) (waits []string) {
-	ctx, cancel := context.WithTimeout(x.ctx, dnsPatience)
-	defer cancel()
-	m.mu.Lock()
-	olds := map[*redirect]record{}
-	for _, old := range m.redirects {
-		if old.UUID == x.UUID && old.Role == Destination && old.Mode == New && old.before(x) && len(old.Names) > 0 && m.dns != nil {
-			olds[old] = old.record
-		}
-	}
-	m.mu.Unlock()
-	for o, old := range olds {
-		if old.NameBack.IsZero() {
-			err := m.dns.MoveBack(ctx, old.Names, old.Mapped)
-			if err != nil && !errors.Is(err, names.ErrReverse) {
-				x.problem("DNS", err)
-				waits = append(waits, "the VM's names are not back at its own addresses yet")
-				continue
-			}
-			x.problem("DNS", nil)
-			old.NameBack = time.Now()
-			o.change(func(r *record) { r.NameBack = old.NameBack })
-		}
-		if left := time.Until(old.NameBack.Add(old.oldTTL())); left > 0 {
-			waits = append(waits, fmt.Sprintf("caches may have the addresses that the VM had here for %v more", left.Round(time.Second)))
-		}
-	}
-	return waits
-}
-
-// dnsPatience is for everything that is asked of DNS at a time.
-const dnsPatience = 30 * time.Second
 
 // leave removes a destination's redirect with its routes. Called with the lock held.
 func (m *Manager) leave(x *redirect, why string) error {
@@ -385,12 +322,13 @@ func (x *redirect) situation() situation {
 	if !x.Deadline.IsZero() {
 		left = time.Until(x.Deadline)
 	}
-	s := situation{Mode: x.Mode, Home: x.home(), Drained: x.State == Draining,
-		Names: len(x.Names), NamesKnown: x.Found, NameServed: !x.NameMoved.IsZero(), DNS: x.m.dns != nil,
+	first := x.first() // it moves the names of both
+	s := situation{Mode: x.Mode, Home: x.home(), Relayed: x.relayed(), Drained: x.State == Draining,
+		Names: len(first.Names), NamesKnown: first.Found, NameServed: !first.NameMoved.IsZero(), DNS: x.m.dns != nil,
 		BGP: x.m.bgp != nil, RouteSeen: !x.RouteSeen.IsZero(),
 		Idle: min(time.Since(x.seen.at), x.peerIdle+time.Since(x.lastSync)), Quiet: x.Options.Quiet, Flows: flows, Left: left}
 	if s.NameServed {
-		s.CachedFor = cachedFor(time.Now(), x.Lowered, x.NameMoved, x.oldTTL(), x.m.lowTTL())
+		s.CachedFor = cachedFor(time.Now(), first.Lowered, first.NameMoved, first.oldTTL(), x.m.lowTTL())
 	}
 	return s
 }
@@ -400,21 +338,6 @@ func (r *record) home() bool {
 	return !slices.ContainsFunc(r.NICs, func(n nic) bool { return !n.Home })
 }
 
-func (r *record) oldTTL() time.Duration {
-	var most uint32
-	for _, n := range r.Names {
-		most = max(most, n.TTL)
-	}
-	return time.Duration(most) * time.Second
-}
-
-func (m *Manager) lowTTL() time.Duration {
-	if m.DNS == nil || m.DNS.TTL == 0 {
-		return names.DefaultTTL
-	}
-	return m.DNS.TTL
-}
-
 // change updates the record under the lock, durably.
 func (x *redirect) change(f func(*record)) {
 	x.m.mu.Lock()
@@ -422,111 +345,6 @@ func (x *redirect) change(f func(*record)) {
 	f(&x.record)
 	if x.m.redirects[x.Move] == x {
 		x.problem("journal", x.m.journal.put(&x.record))
-	}
-}
-
-// findNames looks the VM's names up, and lowers their TTL if asked for.
-func (x *redirect) findNames() {
-	x.naming.Lock()
-	defer x.naming.Unlock()
-	if x.m.dns == nil || x.Mode != New || len(x.Names) > 0 && (!x.Options.LowerTTL || !x.Lowered.IsZero()) {
-		return
-	}
-	ctx, cancel := context.WithTimeout(x.ctx, dnsPatience)
-	defer cancel()
-	if len(x.Names) == 0 { // a move before this one may still be giving them back
-		found, err := x.m.dns.Find(ctx, x.Options.Names, addressesOf(foreignNICs(x.hostNICs())))
-		x.problem("DNS", err)
-		if err != nil || x.Found && len(found) == 0 {
-			return
-		}
-		x.change(func(r *record) { r.Names, r.Found = found, true })
-	}
-	if x.Options.LowerTTL && len(x.Names) > 0 && x.Lowered.IsZero() {
-		err := x.m.dns.LowerTTL(ctx, x.Names)
-		x.problem("TTL", err)
-		if err == nil {
-			x.change(func(r *record) { r.Lowered = time.Now() })
-		}
-	}
-}
-
-// moveNames gives the VM's names its new addresses, checks every server, and
-// gives them their TTL back in the end.
-func (x *redirect) moveNames() {
-	x.findNames()
-	if x.m.dns == nil || x.Mode != New || !x.Found || len(x.Names) == 0 {
-		return
-	}
-	ctx, cancel := context.WithTimeout(x.ctx, dnsPatience)
-	defer cancel()
-	if x.NameMoved.IsZero() {
-		if err := x.m.dns.Move(ctx, x.Names, x.Mapped); err != nil && !errors.Is(err, names.ErrReverse) {
-			x.problem("DNS", err)
-			return
-		}
-		servers, err := x.m.dns.Status(ctx, x.Names, x.Mapped)
-		if err == nil {
-			err = behind(servers)
-		}
-		x.problem("DNS", err)
-		if err == nil {
-			x.change(func(r *record) { r.NameMoved = time.Now() })
-		}
-		return
-	}
-	if !x.Lowered.IsZero() && !x.Restored && cachedFor(time.Now(), x.Lowered, x.NameMoved, x.oldTTL(), x.m.lowTTL()) == 0 {
-		err := x.m.dns.RestoreTTL(ctx, x.Names)
-		x.problem("TTL", err)
-		if err == nil {
-			x.change(func(r *record) { r.Restored = true })
-		}
-	}
-}
-
-// behind names the servers that do not answer with the new addresses.
-func behind(servers []names.ServerStatus) error {
-	var late []string
-	for _, s := range servers {
-		switch {
-		case s.Type == "PTR":
-		case s.Problem != "":
-			late = append(late, fmt.Sprintf("%s: %s", s.Server, s.Problem))
-		case !s.Moved:
-			late = append(late, fmt.Sprintf("%s answers %s for %s", s.Server, strings.Join(s.Answer, ", "), s.Name))
-		}
-	}
-	if len(late) > 0 {
-		return fmt.Errorf("not every server has the new addresses: %s", strings.Join(late, "; "))
-	}
-	return nil
-}
-
-// moveRoutes announces the VM's addresses from here, and learns that the
-// network has them.
-func (x *redirect) moveRoutes() {
-	if x.m.bgp == nil || x.Mode != Keep || x.home() {
-		return
-	}
-	if len(x.Announced) == 0 {
-		// In the journal first: what was announced must be withdrawn some day.
-		x.change(func(r *record) { r.Announced = x.prefixes() })
-	}
-	var errs []error
-	for _, p := range x.Announced { // one that can't be announced does not keep the others
-		errs = append(errs, x.m.bgp.Announce(x.ctx, []netip.Prefix{p}))
-	}
-	for _, p := range x.m.bgp.Peers() {
-		if p.Problem != "" {
-			errs = append(errs, fmt.Errorf("peer %s: %s", p.Peer, p.Problem))
-		}
-	}
-	x.problem("BGP", errors.Join(errs...))
-	x.see.Lock()
-	seen := x.peerSeen
-	x.see.Unlock()
-	if x.RouteSeen.IsZero() && (seen || x.routeSeen()) {
-		x.change(func(r *record) { r.RouteSeen = time.Now() })
 	}
 }
 
@@ -545,6 +363,12 @@ func (x *redirect) goDirect() {
 	if x.m.redirects[x.Move] != x || x.home() || !x.tunnelled() {
 		return
 	}
+	x.leaveDirect()
+}
+
+// leaveDirect has the VM's own new connections not take this tunnel. Called with
+// the lock held.
+func (x *redirect) leaveDirect() {
 	for i, step := range x.Plan.Arm {
 		if step.Table == nil || step.Table.Family != "inet" {
 			continue
@@ -562,5 +386,5 @@ func (x *redirect) goDirect() {
 
 // needs are those that the destination's plan was made from.
 func (x *redirect) needs(e Egress) destinationNeeds {
-	return destinationNeeds{slot: x.Slot, priority: x.Priority, device: x.Device, nics: x.hostNICs(), egress: e, mapped: x.Mapped}
+	return destinationNeeds{slot: x.Slot, priority: x.Priority, device: x.Device, nics: x.hostNICs(), egress: e, mapped: x.Mapped, follows: x.Follows != ""}
 }

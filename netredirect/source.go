@@ -204,8 +204,11 @@ func (m *Manager) try(ctx context.Context, vm VM, peer Peer, ask Ask, offer Offe
 			made.Undo(err.Error())
 		}
 	}()
+	m.mu.Lock()
+	vouched := m.vouched(vm.UUID)
+	m.mu.Unlock()
 	var opened openReply
-	if err := call(ctx, opOpen, openRequest{Kind: kind, Outer: local, MTU: mtu, Options: ask.Options, NICs: ask.NICs}, &opened); err != nil {
+	if err := call(ctx, opOpen, openRequest{Kind: kind, Outer: local, MTU: mtu, Options: ask.Options, NICs: ask.NICs, UUID: vm.UUID, Vouched: vouched}, &opened); err != nil {
 		return nil, err
 	}
 	m.mu.Lock()

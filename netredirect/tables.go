@@ -158,7 +158,7 @@ func mappingTable(d destinationNeeds) *hostnet.Table {
 	b.end()
 	b.chain("leaving", "nat hook postrouting priority 100")
 	each(func(a, to netip.Addr, ip string) {
-		b.rule(`%s saddr %s oifname != "%s" ct mark & %s != %s snat %s to %s`, ip, a, d.device, hex32(markMask), hex32(markOf(d.slot)), ip, to)
+		b.rule(`%s saddr %s oifname != "%s" ct mark & %s == 0 snat %s to %s`, ip, a, d.device, hex32(markOurs), ip, to)
 	})
 	b.end()
 	return b.table("inet", fmt.Sprintf("wanmig_n%d", d.slot))

@@ -38,6 +38,7 @@ const (
 	opResize = "resize" // resizeRequest: change the tunnel's MTU
 	opArm    = "arm"    // armRequest → armReply: make ready for the VM's packets
 	opEnd    = "end"    // endRequest: undo what stands for the tunnel
+	opStand  = "stand"  // standRequest: it leads to a VM that runs there already
 	opSync   = "sync"   // syncRequest → syncReply: how it stands; after the move
 )
 
@@ -47,6 +48,8 @@ type openRequest struct {
 	MTU     int        `json:"mtu"`
 	Options Options    `json:"options"`
 	NICs    []NIC      `json:"nics"`
+	UUID    string     `json:"uuid"`              // the VM's
+	Vouched []string   `json:"vouched,omitempty"` // the agents that send the VM's packets to the source
 }
 
 type openReply struct {
@@ -58,6 +61,8 @@ type resizeRequest struct {
 }
 
 type armRequest struct{}
+
+type standRequest struct{}
 
 type armReply struct {
 	Mode   Mode                      `json:"mode"`
@@ -81,6 +86,7 @@ type syncReply struct {
 	Serving bool     `json:"serving"` // routes lead there, so older ones can be withdrawn
 	Waits   []string `json:"waits"`   // what it waits for
 	Flows   []Flow   `json:"flows,omitempty"`
+	Moved   *moved   `json:"moved,omitempty"` // the VM has gone on from there
 }
 
 const (
@@ -92,6 +98,8 @@ const (
 	maxSteps    = 256 << 10 // of all of them
 	maxFindings = 100
 	maxProto    = 16 // of a Flow's, in bytes
+	maxVouched  = 16
+	maxPeer     = 128 // of an agent's ID, in bytes
 )
 
 func (a Ask) validate() error {
@@ -141,6 +149,12 @@ func (r *syncReply) validate() error {
 			return fmt.Errorf("the destination answers with a flow that is none: %.20q from %.60q to %.60q", f.Proto, f.From, f.To)
 		}
 	}
+	if r.Moved != nil && len(r.Moved.Peer) > maxPeer {
+		return fmt.Errorf("the destination answers with an agent's ID of %d bytes", len(r.Moved.Peer))
+	}
+	if r.Moved != nil {
+		r.Moved.Site = clip(r.Moved.Site, maxPeer)
+	}
 	r.Waits = bounded(r.Waits)
 	return nil
 }
@@ -184,6 +198,8 @@ func (r openRequest) validate() error {
 		return fmt.Errorf("tunnel kind %.20q is not known here: update this agent", r.Kind)
 	case r.MTU < minMTU || r.MTU > maxMTU:
 		return fmt.Errorf("tunnel MTU %d is out of bounds", r.MTU)
+	case len(r.Vouched) > maxVouched || slices.ContainsFunc(r.Vouched, func(id string) bool { return len(id) > maxPeer }):
+		return errors.New("the list of agents that send the VM's packets is out of bounds")
 	}
 	if err := r.Options.Validate(); err != nil {
 		return err

@@ -403,6 +403,63 @@ func TestRedirectTellsWhatIsMissing(t *testing.T) {
 	}
 }
 
+// TestConnectionsFollowToAThirdSite moves a guest on while the tunnel of its first
+// move stands: its packets soon go straight from the first site to the third.
+func TestConnectionsFollowToAThirdSite(t *testing.T) {
+	t.Parallel()
+	config := map[string]string{}
+	sites := []string{lab.LocalDC, lab.RemoteDC, lab.ThirdDC}
+	for _, site := range sites {
+		config[site] = "redirect: {quiet: 2s}"
+	}
+	w := newWorldWith(t, lab.Options{Third: true, AgentConfig: config}, "200mbit", "20ms")
+	before := map[string]string{}
+	for _, site := range sites {
+		before[site] = w.dump(site)
+	}
+	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB")}})
+	f := w.startFlows(v, false)
+	w.move(lab.LocalDC, "web", lab.RemoteDC, named(v)...)
+	w.move(lab.RemoteDC, "web", lab.ThirdDC)
+
+	w.awaitRedirect(lab.LocalDC, "it leads to the third site", func(all []netredirect.Status) bool {
+		return len(all) == 1 && all[0].State == netredirect.Standing && all[0].Peer == lab.ThirdDC
+	})
+	w.awaitRedirect(lab.RemoteDC, "gone", none)
+	w.unchanged(lab.RemoteDC, before[lab.RemoteDC])
+	if err := w.ResetCounters(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(3 * time.Second) // of the flows
+	state, err := w.LinkState(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	direct, detour := uint64(0), uint64(0)
+	for link, c := range state.Counters {
+		if strings.Contains(link, lab.LocalDC) && strings.Contains(link, lab.ThirdDC) {
+			direct += c.Bytes
+		} else {
+			detour += c.Bytes
+		}
+	}
+	if direct < 1<<20 || detour > direct/50 {
+		t.Errorf("%d bytes went straight to the third site, %d another way: %+v", direct, detour, state.Counters)
+	}
+	f.stop()
+
+	w.wanmig(lab.LocalDC, "redirect", "drain", "web")
+	w.awaitRedirect(lab.LocalDC, "drained", none)
+	w.unchanged(lab.LocalDC, before[lab.LocalDC])
+	w.awaitRedirect(lab.ThirdDC, "only the addresses are served", allAre(netredirect.Resident))
+	w.healthy(lab.ThirdDC, v)
+	if err := v.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.awaitRedirect(lab.ThirdDC, "gone with the guest", none)
+	w.unchanged(lab.ThirdDC, before[lab.ThirdDC])
+}
+
 // TestHooks runs programs of the operator's at their moments.
 func TestHooks(t *testing.T) {
 	t.Parallel()

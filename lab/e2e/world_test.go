@@ -99,12 +99,12 @@ func program(t *testing.T, name string) string {
 
 // logs shows the ends of the agents' logs.
 func (w *world) logs() {
-	for _, dc := range lab.DataCentres {
+	for _, dc := range w.DataCentres() {
 		b, _ := os.ReadFile(filepath.Join(w.Sites[dc].Dir, "log", "agent.log"))
 		lines := strings.Split(string(b), "\n")
 		w.t.Logf("agent at %s:\n%s", dc, strings.Join(lines[max(0, len(lines)-25):], "\n"))
 	}
-	for _, site := range append([]string{lab.Users}, lab.DataCentres...) {
+	for _, site := range append([]string{lab.Users}, w.DataCentres()...) {
 		net, _, _ := w.run(site, "sh", "-c", "ip rule; ip neigh; ip route; ip neigh show proxy; nft list tables")
 		w.t.Logf("network of %s:\n%s", site, net)
 	}
