@@ -30,6 +30,9 @@
 // at the destination, from the VM at the source. Everything else is dropped and
 // counted.
 //
+// A VM may move on while its tunnel stands. Then sync tells the source so, which
+// opens a tunnel to the new destination (open, arm, stand): see onward.go.
+//
 // As long as a VM lives at a host to whose networks its addresses do not belong,
 // that host stays its gateway (the plan's part Stay), after the tunnel is gone,
 // too; it ends when the VM leaves.

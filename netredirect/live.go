@@ -62,7 +62,7 @@ func (x *redirect) problem(what string, err error) {
 
 // standing are the steps that the redirect's state has made, or may have.
 func (x *redirect) standing() []hostnet.Step {
-	if !x.tunnelled() {
+	if !x.tunnelled() && !x.Ending {
 		return slices.Concat(x.Plan.Stay, x.Plan.Switch)
 	}
 	return x.Plan.steps()

@@ -133,6 +133,9 @@ func (m *Manager) restore(x *redirect) {
 		return // its move is over, and Decide tells how
 	}
 	err := m.standLocked(x)
+	if x.Ending {
+		err = errors.Join(err, x.ended())
+	}
 	x.whole = err == nil
 	if err != nil { // mend tries again
 		x.problem("restoring", err)

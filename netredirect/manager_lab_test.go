@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -263,5 +264,58 @@ func TestGuestClaimsAHostsAddress(t *testing.T) {
 			}
 			return nil
 		})
+	}
+}
+
+// TestKilledWhileItsTunnelEnds has the agent end at each point of a tunnel's
+// removal: the next start goes on with it, and the VM is served as before.
+func TestKilledWhileItsTunnelEnds(t *testing.T) {
+	s := planSite(t)
+	m := s.manager()
+	stand := func(move string) *redirect {
+		x := m.newRedirect(&record{Move: move, VM: "web", Peer: "p", Role: Destination, State: Standing, Kind: QUIC, Device: "wmqtest", Slot: 0, Priority: topPriority,
+			Options: Options{Kind: QUIC}})
+		x.setNICs([]hostNIC{web(false)})
+		m.redirects[move] = x
+		x.Plan = planDestination(x.needs(EgressTunnel))
+		x.Plan.Tunnel = planTunnel(tunnelFacts{kind: QUIC, device: x.Device, local: addr("203.0.113.1"), remote: addr("203.0.113.2"), mtu: 1380})
+		s.must(func() (err error) {
+			if x.Plan.Stay, err = m.rememberSysctls(x.Plan.Stay); err == nil {
+				_, err = s.net.ApplyAll(context.Background(), x.Plan.steps())
+			}
+			return errors.Join(err, x.respond())
+		})
+		return x
+	}
+	before := s.dump()
+	x := stand("a")
+	during := s.dump()
+	s.must(func() error { return x.endTunnel("it is not used") })
+	served := s.dump()
+	if served == during || served == before || x.Ending {
+		t.Fatalf("the tunnel's end changed nothing, or too much:\n%s", served)
+	}
+	s.must(func() error { return m.removeLocked(x, "the test") })
+	sameDump(t, "removed", before, s.dump())
+
+	undo := len(x.Plan.Tunnel) + len(x.Plan.Arm)
+	for _, undone := range []int{0, 1, undo / 2, undo - 1, undo} {
+		x := stand("a")
+		x.State, x.Ending = Resident, true
+		x.silence() // as its agent is gone
+		s.must(func() error {
+			all := slices.Concat(x.Plan.Tunnel, x.Plan.Arm)
+			return errors.Join(m.journal.put(&x.record), s.net.RevertAll(context.Background(), all[undo-undone:]))
+		})
+		records, err := m.journal.all()
+		if err != nil || len(records) != 1 {
+			t.Fatalf("journal: %v, %v", records, err)
+		}
+		again := m.newRedirect(records[0])
+		m.redirects["a"] = again
+		s.must(func() error { m.restore(again); return nil })
+		sameDump(t, fmt.Sprintf("killed after %d of %d steps", undone, undo), served, s.dump())
+		s.must(func() error { return m.removeLocked(again, "the test") })
+		sameDump(t, "removed", before, s.dump())
 	}
 }

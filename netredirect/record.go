@@ -39,6 +39,7 @@ type record struct {
 	Plan     Plan       `json:"plan"`
 
 	Removing bool      `json:"removing,omitempty"` // it is being undone
+	Ending   bool      `json:"ending,omitempty"`   // what stood for its tunnel is being undone
 	Began    time.Time `json:"began"`
 	Switched time.Time `json:"switched,omitzero"`
 	Deadline time.Time `json:"deadline,omitzero"`

@@ -175,16 +175,29 @@ func (x *redirect) endTunnel(why string) error {
 		return nil
 	}
 	before := x.State
-	x.State = Resident
+	x.State, x.Ending = Resident, true // whatever happens now, the next start goes on with it
 	if err := x.m.journal.put(&x.record); err != nil {
-		x.State = before
+		x.State, x.Ending = before, false
 		return err
 	}
+	if err := x.ended(); err != nil {
+		return err
+	}
+	x.m.Log.Info("tunnel removed", "move", x.Move, "vm", x.VM, "because", why)
+	return nil
+}
+
+// ended undoes what stood for the tunnel of a redirect that is resident. Called
+// with the lock held.
+func (x *redirect) ended() error {
 	err := x.m.revert(x, slices.Concat(x.Plan.Tunnel, x.Plan.Arm))
 	err = errors.Join(err, x.m.uncarry(x.Device))
 	x.m.openGates()
-	x.m.Log.Info("tunnel removed", "move", x.Move, "vm", x.VM, "because", why)
-	return err
+	if err != nil {
+		return err // mend tries again
+	}
+	x.Ending = false
+	return x.m.journal.put(&x.record)
 }
 
 // endResidence ends what an earlier redirect does for a VM that lived here and
@@ -274,6 +287,8 @@ func (x *redirect) mend() {
 	switch {
 	case moved:
 		x.problem("restoring", x.retap(nics))
+	case x.Ending:
+		x.problem("removing", x.ended())
 	case !x.whole:
 		err := x.m.standLocked(x)
 		x.problem("restoring", err)
