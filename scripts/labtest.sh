@@ -18,7 +18,7 @@ status=0
 tests() { # JOBS PACKAGES...
 	jobs=$1
 	shift
-	go test -tags lab -count=1 -p "$jobs" -timeout 14m -run "${RUN:-.}" -v "$@" >>"$log" 2>&1 || status=$?
+	go test -tags lab -count=1 -p "$jobs" -parallel 3 -timeout 14m -run "${RUN:-.}" -v "$@" >>"$log" 2>&1 || status=$?
 }
 tests 4 ./netredirect/...
 # shellcheck disable=SC2046
