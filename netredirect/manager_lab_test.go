@@ -319,3 +319,78 @@ func TestKilledWhileItsTunnelEnds(t *testing.T) {
 		sameDump(t, "removed", before, s.dump())
 	}
 }
+
+// TestFollowersAreVouchedFor asks for the packets of a VM that lives here.
+func TestFollowersAreVouchedFor(t *testing.T) {
+	s := planSite(t)
+	m := s.manager()
+	m.NICs = func(context.Context, string) ([]NIC, error) {
+		return []NIC{{MAC: web(false).MAC, Bridge: "br0", Tap: "v0"}}, nil
+	}
+	m.Present = func(ctx context.Context, _ string) (bool, error) { // what lives waits here
+		<-ctx.Done()
+		return true, ctx.Err()
+	}
+	x := m.newRedirect(&record{Move: "a", VM: "web", UUID: "u", Peer: "between", Role: Destination, State: Standing, Mode: Keep, Priority: topPriority, Vouched: []string{"first"}, Began: time.Now()})
+	x.setNICs([]hostNIC{only(web(false), "10.0.0.1")})
+	x.living = true
+	m.redirects["a"] = x
+	before := s.dump()
+	open := func(uuid, address, kind string) string {
+		return `{"uuid":"` + uuid + `","kind":"` + kind + `","mtu":1400,"options":{"kind":"auto"},"nics":[{"mac":"` + web(false).MAC + `","bridge":"lo","tap":"lo","addresses":["` + address + `"]}]}`
+	}
+	for name, c := range map[string]struct{ peer, move, body, want string }{
+		"not vouched for":     {"other", "b", open("u", "10.0.0.1", "quic"), "did not name"},
+		"the one in between":  {"between", "b", open("u", "10.0.0.1", "quic"), "did not name"},
+		"another VM":          {"first", "b", open("v", "10.0.0.1", "quic"), "does not live here"},
+		"another address":     {"first", "b", open("u", "10.0.0.2", "quic"), "10.0.0.2"},
+		"the move of another": {"first", "a", open("u", "10.0.0.1", "quic"), "already"},
+		"no kind":             {"first", "b", open("u", "10.0.0.1", "gre"), "gre"},
+		"no message":          {"first", "b", `[`, "message"},
+		"too many vouched":    {"first", "b", `{"kind":"quic","mtu":1400,"options":{"kind":"auto"},"vouched":[` + strings.Repeat(`"",`, maxVouched) + `""]}`, "out of bounds"},
+	} {
+		s.must(func() error {
+			_, err := m.Inquire(context.Background(), Peer{ID: c.peer, Site: c.peer, Address: addr("203.0.113.2")}, c.move, opOpen, []byte(c.body))
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%s: %v", name, err)
+			}
+			return nil
+		})
+		if len(m.redirects) != 1 {
+			t.Fatalf("%s: there are %d redirects", name, len(m.redirects))
+		}
+	}
+	sameDump(t, "after", before, s.dump())
+
+	first := Peer{ID: "first", Site: "first", Address: addr("203.0.113.2")}
+	s.must(func() error {
+		for range 2 { // the second as after an attempt that broke off
+			if _, err := m.Inquire(context.Background(), first, "b", opOpen, []byte(open("u", "10.0.0.1", "quic"))); err != nil {
+				return err
+			}
+		}
+		for _, op := range []string{opArm, opStand} {
+			if _, err := m.Inquire(context.Background(), first, "b", op, []byte(`{}`)); err != nil {
+				return fmt.Errorf("%s: %w", op, err)
+			}
+		}
+		return nil
+	})
+	if f := m.of("b", "first"); f == nil || f.Follows != "a" || f.state() != Standing || len(f.Plan.Stay) > 0 || !x.Direct {
+		t.Errorf("it does not follow: %+v", f)
+	}
+	if _, err := m.Inquire(context.Background(), first, "b", opOpen, []byte(open("u", "10.0.0.1", "quic"))); err == nil {
+		t.Error("one that stands is opened again")
+	}
+}
+
+func TestOnwardIDs(t *testing.T) {
+	for move, want := range map[string]string{
+		"mv-gf6klyio": "mv-gf6klyio-2", "mv-gf6klyio-2": "mv-gf6klyio-3", "mv-2": "mv-3", "mv-999": "mv-1000", "mv-1000": "mv-1000-2",
+		strings.Repeat("m", 64): strings.Repeat("m", 60) + "-2",
+	} {
+		if got := onwardID(move); got != want || !moveID.MatchString(got) {
+			t.Errorf("%s is followed by %s, not %s", move, got, want)
+		}
+	}
+}

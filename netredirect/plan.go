@@ -123,14 +123,15 @@ func planDestination(d destinationNeeds) Plan {
 		if n.home || d.follows {
 			own = &p.Arm
 		}
-		if served := d.follows && !n.home; !served {
+		served := d.follows && !n.home
+		if !served {
 			*own = append(*own, bridgeSysctls(n, false)...)
 			*own = append(*own, hostnet.Step{FDB: &hostnet.FDB{Dev: n.Tap, MAC: n.MAC}})
-			for _, a := range n.Addresses {
-				*own = append(*own, hostnet.Step{Neighbour: &hostnet.Neighbour{Dev: n.Bridge, IP: a, MAC: n.MAC}})
-			}
 		}
 		for _, a := range n.Addresses {
+			if !served {
+				*own = append(*own, hostnet.Step{Neighbour: &hostnet.Neighbour{Dev: n.Bridge, IP: a, MAC: n.MAC}})
+			}
 			*own = append(*own, hostnet.Step{Route: &hostnet.Route{Table: table, Dst: host(a), Dev: n.Bridge}})
 			p.Arm = append(p.Arm, hostnet.Step{Rule: &hostnet.Rule{Priority: d.priority, IIf: d.device, To: host(a), Table: table}},
 				hostnet.Step{Rule: &hostnet.Rule{Priority: d.priority + 1, From: host(a), Mark: markOf(d.slot), Mask: markMask, Table: table}})

@@ -58,6 +58,8 @@ func planned() map[string]Plan {
 		p.Tunnel = planTunnel(t)
 		return remembered(p)
 	}
+	follower := planDestination(destinationNeeds{slot: 6, priority: topPriority - 6*rulesEach, device: back4.device, nics: []hostNIC{web(false)}, egress: EgressTunnel, follows: true})
+	follower.Tunnel = planTunnel(back4)
 	moved := map[netip.Addr]netip.Addr{addr("192.0.2.10"): addr("203.0.113.99"), addr("2001:db8:1::10"): addr("2001:db8:9::99")}
 	return map[string]Plan{
 		"source":                       source(outer4, 0, web(false), storage(false)),
@@ -69,6 +71,7 @@ func planned() map[string]Plan {
 		"destination-new-direct":       destination(back4, 3, EgressDirect, moved, web(false)),
 		"destination-home":             destination(back4, 4, EgressDirect, nil, web(true), storage(true)),
 		"destination-new-partly-home":  destination(back4, 5, EgressTunnel, moved, web(false), storage(true)),
+		"destination-follows":          remembered(follower),
 		"destination-kernel-ipv6-only": destination(kernel6, maxSlots-1, EgressTunnel, nil, only(web(false), "2001:db8:1::10")),
 	}
 }

@@ -23,7 +23,8 @@ func goodRecord() *record {
 		Plan:  planned()["destination-new-direct"],
 		Began: at, Switched: at, Deadline: at, Mode: New, Mapped: map[netip.Addr]netip.Addr{addr("192.0.2.10"): addr("203.0.113.99"), addr("2001:db8:1::10"): addr("2001:db8:9::99")},
 		Names: []names.Record{{Name: "a.example.", Zone: "example.", Address: addr("192.0.2.10"), TTL: 3600}}, Found: true, Lowered: at, NameMoved: at,
-		Announced: []netip.Prefix{netip.MustParsePrefix("192.0.2.10/32")}, RouteSeen: at, Restored: true, Direct: true, NameBack: at, Removing: true}
+		Announced: []netip.Prefix{netip.MustParsePrefix("192.0.2.10/32")}, RouteSeen: at, Restored: true, Direct: true, NameBack: at, Removing: true, Ending: true,
+		Vouched: []string{"q"}, Follows: "mv-hgfedcba"}
 	r.setNICs([]hostNIC{web(false), storage(true)})
 	return r
 }
