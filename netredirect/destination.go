@@ -37,6 +37,10 @@ func (m *Manager) Answer(ask Ask, nics []NIC, from netip.Addr) (Offer, error) {
 		return o, err
 	}
 	o.Outer = outer
+	if kind := ask.Options.Kind; o.NAT && kind != Auto && kind != QUIC {
+		o.Findings = append(o.Findings, Finding{Check: "redirect", Problem: fmt.Sprintf("--redirect %s: %s is seen as %s at %s, and address translation passes no IP-in-IP", kind, ask.Outer, from, m.Site),
+			Remedy: "--redirect quic, or auto", Fatal: true})
+	}
 	if err := m.checkClaims(ask.UUID, ask.NICs, from); err != nil {
 		o.Findings = append(o.Findings, Finding{Check: "redirect", Problem: fmt.Sprintf("connections break, at %s: %v", m.Site, err), Remedy: "name the VM's addresses with --address"})
 		return o, nil

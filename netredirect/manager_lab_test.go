@@ -152,8 +152,9 @@ func TestAnswer(t *testing.T) {
 	m.Mode, m.Pool = New, []netip.Prefix{netip.MustParsePrefix("203.0.113.96/31")}
 	from := addr("203.0.113.2")
 	nics := []NIC{{MAC: "52:54:00:00:00:01", Bridge: "br0"}}
+	kind := Auto
 	answer := func(from netip.Addr, list ...string) (offer Offer) {
-		ask := Ask{Options: Options{Kind: Auto}, Outer: addr("203.0.113.2"), NICs: []NIC{{MAC: "52:54:00:00:00:01", Bridge: "no/such bridge", Tap: "\n", Addresses: addrs(list...)}}}
+		ask := Ask{Options: Options{Kind: kind}, Outer: addr("203.0.113.2"), NICs: []NIC{{MAC: "52:54:00:00:00:01", Bridge: "no/such bridge", Tap: "\n", Addresses: addrs(list...)}}}
 		s.must(func() (err error) {
 			offer, err = m.Answer(ask, nics, from)
 			return err
@@ -181,9 +182,14 @@ func TestAnswer(t *testing.T) {
 	if o := answer(from, "10.0.0.1", "10.0.0.2", "10.0.0.3"); len(o.Steps) != 0 || len(o.Findings) != 1 || !o.Findings[0].Fatal {
 		t.Errorf("more than the pool has: %+v", o)
 	}
-	if o := answer(addr("203.0.113.7"), "192.0.2.10"); !o.NAT {
+	if o := answer(addr("203.0.113.7"), "192.0.2.10"); !o.NAT || len(o.Findings) != 0 {
 		t.Errorf("behind address translation: %+v", o)
 	}
+	kind = IPIPUser
+	if o := answer(addr("203.0.113.7"), "192.0.2.10"); len(o.Findings) != 1 || !o.Findings[0].Fatal {
+		t.Errorf("IP-in-IP by name behind address translation: %+v", o)
+	}
+	kind = Auto
 	nics[0].MAC = "52:54:00:00:00:09"
 	if o := answer(from, "192.0.2.10"); len(o.Steps) != 0 || len(o.Findings) != 1 {
 		t.Errorf("no such interface here: %+v", o)

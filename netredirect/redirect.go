@@ -84,6 +84,7 @@ const (
 	maxNICs      = 16
 	maxAddresses = 64 // of a VM
 	maxNames     = 64
+	maxName      = 255 // RFC 1035
 )
 
 func validateNICs(nics []NIC) error {
@@ -177,6 +178,11 @@ func (o Options) Validate() error {
 		return fmt.Errorf("the quiet time is %v: up to a day can be asked for", o.Quiet)
 	case len(o.Names) > maxNames:
 		return fmt.Errorf("%d DNS names: at most %d", len(o.Names), maxNames)
+	}
+	for _, n := range o.Names {
+		if len(n) > maxName {
+			return fmt.Errorf("DNS name %.40q…: %d characters, at most %d", n, len(n), maxName)
+		}
 	}
 	return nil
 }

@@ -134,6 +134,7 @@ func TestMessagesRefused(t *testing.T) {
 		"quiet":         func(o *Options) { o.Quiet = -time.Second },
 		"long quiet":    func(o *Options) { o.Quiet = 25 * time.Hour },
 		"names":         func(o *Options) { o.Names = make([]string, maxNames+1) },
+		"a long name":   func(o *Options) { o.Names = []string{strings.Repeat("n", maxName+1)} },
 	} {
 		a, o := goodAsk(), goodOpen()
 		spoil(&a.Options)
