@@ -183,7 +183,7 @@ func (x *redirect) announce(at func(hostNIC) string) {
 func (x *redirect) Switch() {
 	x.m.mu.Lock()
 	defer x.m.mu.Unlock()
-	if x.State != Armed {
+	if x.State != Armed || x.m.redirects[x.Move] != x {
 		return
 	}
 	ctx, cancel := x.m.hurry()
@@ -211,7 +211,7 @@ func (m *Manager) hurry() (context.Context, context.CancelFunc) {
 func (x *redirect) Resuming() {
 	x.m.mu.Lock()
 	defer x.m.mu.Unlock()
-	if x.State != Armed {
+	if x.State != Armed || x.m.redirects[x.Move] != x {
 		return
 	}
 	ctx, cancel := x.m.hurry()

@@ -162,7 +162,7 @@ func (x *redirect) finish(why string) (done bool) {
 			x.m.Log.Warn("the destination does not know that the tunnel is removed", "move", x.Move, "error", err)
 		}
 	}
-	if err == nil {
+	if err == nil && !x.replaced() { // else its connections go on by another
 		x.m.Settled(status)
 	}
 	return !resident

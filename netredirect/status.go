@@ -36,6 +36,7 @@ type Status struct {
 	Remote   netip.Addr `json:"remote"`
 	MTU      int        `json:"mtu"`
 	Mode     Mode       `json:"mode,omitempty"`
+	Follows  string     `json:"follows,omitempty"` // the move that brought the VM here, where it was another
 	Began    time.Time  `json:"began"`
 	Switched *time.Time `json:"switched,omitempty"`
 	Deadline *time.Time `json:"deadline,omitempty"` // then the tunnel goes, used or not
@@ -118,7 +119,7 @@ func (x *redirect) Status() Status {
 // status is called with the manager's lock held.
 func (x *redirect) status() Status {
 	s := Status{Move: x.Move, VM: x.VM, UUID: x.UUID, Role: x.Role, Peer: x.Site, State: x.State, Kind: x.Kind, Device: x.Device,
-		Local: x.Local, Remote: x.Remote, MTU: x.MTU, Mode: x.Mode, Began: x.Began, Addresses: x.addresses(), Mapped: x.Mapped, Announced: x.Announced}
+		Local: x.Local, Remote: x.Remote, MTU: x.MTU, Mode: x.Mode, Follows: x.Follows, Began: x.Began, Addresses: x.addresses(), Mapped: x.Mapped, Announced: x.Announced}
 	if !x.Switched.IsZero() {
 		s.Switched = &x.Switched
 	}

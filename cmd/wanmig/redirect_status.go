@@ -26,6 +26,7 @@ func describeRedirect(r netredirect.Status, now time.Time) string {
 		line("tunnel", "none any more: this host stays the VM's gateway until it leaves")
 	}
 	line("addresses", unless(len(r.Addresses) == 0, texts(r.Addresses)+unless(r.Mode != netredirect.Keep, ", kept")))
+	line("follows", unless(r.Follows == "", printable(r.Follows)+", by which the VM came here: this tunnel is from a host that it had left before"))
 	for _, m := range mappings(r.Mapped) {
 		line("new", m)
 	}

@@ -87,7 +87,7 @@ func (w *world) saveAndRestore(v *lab.VM) (down, gap time.Duration) {
 		w.t.Fatal(err)
 	}
 	time.Sleep(2 * time.Second)
-	for _, args := range [][]string{{"save", v.Name, "/var/tmp/saved"}, {"restore", "/var/tmp/saved"}} {
+	for _, args := range [][]string{{"save", v.Name, "/var/lib/libvirt/saved"}, {"restore", "/var/lib/libvirt/saved"}} {
 		if _, complaint, status := w.run(lab.LocalDC, "virsh", args...); status != 0 {
 			w.t.Fatalf("virsh %s: %s", args, complaint)
 		}
