@@ -52,7 +52,9 @@ template bgp session {
 const dcBird = `{{$dc := .}}{{range .Families}}
 protocol static bridge{{.Version}} {
 	ipv{{.Version}};
-	route {{.Bridge}} via "{{$dc.Bridge}}";
+{{- range .Networks}}
+	route {{.Network}} via "{{.Bridge}}";
+{{- end}}
 }
 protocol kernel kernel{{.Version}} {
 	ipv{{.Version}} { import none; export where source = RTS_BGP; };
@@ -79,7 +81,7 @@ protocol kernel kernel{{.Version}} {
 	ipv{{.Version}} {
 		import none;
 		export filter {
-			if source != RTS_BGP || net = {{.Bridge}} then reject;
+			if source != RTS_BGP || net = {{(index .Networks 0).Network}} then reject;
 			krt_prefsrc = {{.Loopback.Addr}};
 			accept;
 		};
@@ -90,7 +92,7 @@ protocol bgp {{$dc.Name}}{{.Version}} from session {
 	local {{.Users}} as {{$dc.UsersASN}};
 	neighbor {{.DC}} as {{$dc.Uplink.ASN}};
 	ipv{{.Version}} {
-		import where net = {{.Bridge}};
+		import where net ~ [ {{range $i, $n := .Networks}}{{if $i}}, {{end}}{{$n.Network}}{{end}} ];
 		export where source = RTS_STATIC || guests{{.Version}}() && proto != "{{$dc.Name}}_agent";
 	};
 }
@@ -114,7 +116,6 @@ var (
 type birdView struct {
 	Name     string // of its sessions at the users
 	ID       netip.Addr
-	Bridge   string
 	Uplink   uplink
 	UsersASN int
 	Families [2]birdFamily
@@ -123,24 +124,36 @@ type birdView struct {
 
 type birdFamily struct {
 	Version   int
-	Guests    string       // a set of BIRD's: host routes in any bridge's network
-	Bridge    netip.Prefix // network
+	Guests    string // a set of BIRD's: host routes in any bridge's network
+	Networks  [2]birdNetwork
 	Loopback  netip.Prefix
 	DC, Users netip.Addr
+}
+
+type birdNetwork struct {
+	Bridge  string
+	Network netip.Prefix
 }
 
 func (l *Lab) birdView(dc *Site) birdView {
 	var guests4, guests6 []string
 	for _, name := range l.DataCentres() {
-		guests4 = append(guests4, l.Sites[name].BridgeAddr.Masked().String()+"{32,32}")
-		guests6 = append(guests6, l.Sites[name].BridgeAddr6.Masked().String()+"{128,128}")
+		for _, n := range l.Sites[name].guestNetworks() {
+			guests4 = append(guests4, n.Addr.Masked().String()+"{32,32}")
+			guests6 = append(guests6, n.Addr6.Masked().String()+"{128,128}")
+		}
+	}
+	var networks4, networks6 [2]birdNetwork
+	for i, n := range dc.guestNetworks() {
+		networks4[i] = birdNetwork{n.Bridge, n.Addr.Masked()}
+		networks6[i] = birdNetwork{n.Bridge, n.Addr6.Masked()}
 	}
 	u := l.uplink(dc)
 	return birdView{
-		Name: strings.ReplaceAll(dc.Name, "-", "_"), ID: u.DC.Addr(), Bridge: dc.Bridge, Uplink: u, UsersASN: usersASN,
+		Name: strings.ReplaceAll(dc.Name, "-", "_"), ID: u.DC.Addr(), Uplink: u, UsersASN: usersASN,
 		Families: [2]birdFamily{
-			{4, strings.Join(guests4, ", "), dc.BridgeAddr.Masked(), usersLoopback, u.DC.Addr(), u.Users.Addr()},
-			{6, strings.Join(guests6, ", "), dc.BridgeAddr6.Masked(), usersLoopback6, u.DC6.Addr(), u.Users6.Addr()},
+			{4, strings.Join(guests4, ", "), networks4, usersLoopback, u.DC.Addr(), u.Users.Addr()},
+			{6, strings.Join(guests6, ", "), networks6, usersLoopback6, u.DC6.Addr(), u.Users6.Addr()},
 		},
 	}
 }
@@ -223,6 +236,8 @@ func (l *Lab) awaitRoutes(ctx context.Context) error {
 		for _, family := range []struct{ bridge, users netip.Addr }{
 			{dc.BridgeAddr.Addr(), usersLoopback.Addr()},
 			{dc.BridgeAddr6.Addr(), usersLoopback6.Addr()},
+			{dc.Second.Addr.Addr(), usersLoopback.Addr()},
+			{dc.Second.Addr6.Addr(), usersLoopback6.Addr()},
 		} {
 			for {
 				err := l.Sites[Users].checkSource(family.bridge, family.users)

@@ -20,13 +20,17 @@ type domain struct {
 	Kernel      string
 	Initrd      string
 	Cmdline     string
-	MAC         string
-	Bridge      string
+	NICs        []domainNIC
 	Serial      string // log file
 	CDROM       string // image, or empty
 	CDROMTarget string
 	Disks       []domainDisk
 	GuestAgent  bool
+}
+
+type domainNIC struct {
+	MAC    string
+	Bridge string
 }
 
 type domainDisk struct {
@@ -102,11 +106,13 @@ var domainXML = template.Must(template.New("domain").Funcs(template.FuncMap{"x":
     <controller type='scsi' model='virtio-scsi'/>
 {{- end}}
     <controller type='usb' model='none'/>
+{{- range .NICs}}
     <interface type='bridge'>
       <mac address='{{.MAC}}'/>
       <source bridge='{{x .Bridge}}'/>
       <model type='virtio'/>
     </interface>
+{{- end}}
     <serial type='pty'><log file='{{x .Serial}}' append='on'/></serial>
 {{- if .GuestAgent}}
     <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>

@@ -19,7 +19,9 @@
 // others; the devices of the WAN are wan0 and wan1 then.
 //
 // Guest networks are /24 and /64; each data centre routes to the other's over
-// wan0, and the users' default route is local-dc. Guests attach to br0.
+// wan0, and the users' default route is local-dc. Guests attach to br0, and with
+// a second NIC also to br1, which is a network like it: 10.11.0.1, fd00:11::1 at
+// local-dc, 10.21.0.1, fd00:21::1 at remote-dc, 10.41.0.1, fd00:41::1 at third-dc.
 //
 // A lab with services has a router (BIRD) in each site and a name server (BIND)
 // in local-dc; see bird.go for the sessions and named.go for the zones. The

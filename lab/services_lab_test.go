@@ -29,6 +29,9 @@ func TestUsersSendFromTheirOwnAddress(t *testing.T) {
 		{Users, "10.20.0.1", "eth1", "10.30.0.1"},
 		{Users, "fd00:10::1", "eth0", "fd00:30::1"},
 		{Users, "fd00:20::1", "eth1", "fd00:30::1"},
+		{Users, "10.11.0.1", "eth0", "10.30.0.1"},
+		{Users, "10.21.0.1", "eth1", "10.30.0.1"},
+		{Users, "fd00:21::1", "eth1", "fd00:30::1"},
 		{Users, "10.255.0.2", "eth0", "10.10.0.100"},
 		{LocalDC, "10.30.0.1", "br0", ""},
 		{RemoteDC, "10.30.0.1", "users", ""},
@@ -59,6 +62,8 @@ func TestRoutersTellEachOther(t *testing.T) {
 	for _, c := range []struct{ site, what, want string }{
 		{Users, "for 10.20.0.0/24", "[remote_dc4"},
 		{Users, "for fd00:10::/64", "[local_dc6"},
+		{Users, "for 10.21.0.0/24", "[remote_dc4"},
+		{Users, "for fd00:11::/64", "[local_dc6"},
 		{LocalDC, "for 10.30.0.1/32", "[AS65030i]"},
 		{RemoteDC, "for fd00:30::1/128", "[AS65030i]"},
 	} {
@@ -72,7 +77,7 @@ func TestRoutersTellEachOther(t *testing.T) {
 	if err := os.WriteFile(config, []byte(`
 router id 10.254.2.3;
 protocol device {}
-protocol static s4 { ipv4; route 10.10.0.10/32 via 10.254.2.1; route 10.10.0.0/25 via 10.254.2.1; route 192.0.2.1/32 via 10.254.2.1; }
+protocol static s4 { ipv4; route 10.10.0.10/32 via 10.254.2.1; route 10.11.0.10/32 via 10.254.2.1; route 10.10.0.0/25 via 10.254.2.1; route 192.0.2.1/32 via 10.254.2.1; }
 protocol static s6 { ipv6; route fd00:10::10/128 via fd00:254:2::1; route 2001:db8::1/128 via fd00:254:2::1; }
 protocol bgp up {
 	local 10.254.2.3 as 65021;
@@ -105,6 +110,7 @@ protocol bgp up {
 		}
 	}
 	eventually(t, "users send to the guest by eth1", has(Users, "10.10.0.10", "eth1"))
+	eventually(t, "users send to the guest's second NIC by eth1", has(Users, "10.11.0.10", "eth1"))
 	eventually(t, "users send to the guest by eth1 in IPv6", has(Users, "fd00:10::10", "eth1"))
 	if got := run(t, l, Users, "ip", "route", "get", "10.10.0.10"); !strings.Contains(got, "src 10.30.0.1") {
 		t.Errorf("users do not send to the guest from their own address: %s", got)
@@ -351,7 +357,7 @@ func TestThirdDataCentre(t *testing.T) {
 				continue
 			}
 			peer := l.Sites[to]
-			for _, address := range []netip.Addr{peer.WANAddr.Addr(), peer.WANAddr6.Addr(), peer.BridgeAddr.Addr(), peer.BridgeAddr6.Addr()} {
+			for _, address := range []netip.Addr{peer.WANAddr.Addr(), peer.WANAddr6.Addr(), peer.BridgeAddr.Addr(), peer.BridgeAddr6.Addr(), peer.Second.Addr.Addr(), peer.Second.Addr6.Addr()} {
 				run(t, l, from, "ping", "-c", "1", "-W", "5", address.String())
 			}
 			run(t, l, from, "wanmig", "site", "check", to)

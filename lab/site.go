@@ -43,6 +43,7 @@ type Site struct {
 	Bridge        string         `json:"bridge,omitempty"`
 	BridgeAddr    netip.Prefix   `json:"bridge_addr,omitzero"` // gateway and network of the guests
 	BridgeAddr6   netip.Prefix   `json:"bridge_addr6,omitzero"`
+	Second        GuestNetwork   `json:"second,omitzero"` // of guests' second NICs
 
 	// Of the users only: on the guests' network of local-dc, and, in a lab with
 	// services, the addresses from which they send.
@@ -52,8 +53,21 @@ type Site struct {
 	Loopback6 netip.Prefix `json:"loopback6,omitzero"`
 }
 
+// GuestNetwork is a bridge for guests, with its gateway and network.
+type GuestNetwork struct {
+	Bridge string       `json:"bridge"`
+	Addr   netip.Prefix `json:"addr"`
+	Addr6  netip.Prefix `json:"addr6"`
+}
+
+// guestNetworks are those of a data centre, the first one first.
+func (s *Site) guestNetworks() []GuestNetwork {
+	return []GuestNetwork{{s.Bridge, s.BridgeAddr, s.BridgeAddr6}, s.Second}
+}
+
 const (
 	bridgeName = "br0"
+	secondName = "br1"
 	agentPort  = 7946
 	// libvirtPort is where libvirtd listens without TLS by default.
 	libvirtPort = 16509
@@ -92,6 +106,11 @@ func newDataCentre(l *Lab, name string) *Site {
 		Bridge:        bridgeName,
 		BridgeAddr:    netip.MustParsePrefix(fmt.Sprintf("10.%d0.0.1/24", n)),
 		BridgeAddr6:   netip.MustParsePrefix(fmt.Sprintf("fd00:%d0::1/64", n)),
+		Second: GuestNetwork{
+			Bridge: secondName,
+			Addr:   netip.MustParsePrefix(fmt.Sprintf("10.%d1.0.1/24", n)),
+			Addr6:  netip.MustParsePrefix(fmt.Sprintf("fd00:%d1::1/64", n)),
+		},
 	}
 }
 

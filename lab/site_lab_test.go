@@ -141,7 +141,8 @@ func TestSitesAreApart(t *testing.T) {
 			t.Errorf("%s keeps mounts of the host in use:\n%s", name, mounts)
 		}
 	}
-	for _, addr := range []string{"10.10.0.1", "10.20.0.1", "10.255.0.2", "fd00:10::1", "fd00:20::1", "fd00:255::2"} {
+	for _, addr := range []string{"10.10.0.1", "10.20.0.1", "10.255.0.2", "fd00:10::1", "fd00:20::1", "fd00:255::2",
+		"10.11.0.1", "10.21.0.1", "fd00:11::1", "fd00:21::1"} {
 		run(t, l, Users, "ping", "-c", "1", "-W", "5", addr)
 	}
 }

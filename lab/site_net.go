@@ -118,7 +118,7 @@ func (s *Site) inNamespace(f func() error) error {
 	return onThread(enter, f)
 }
 
-// connectGuests makes the bridge for guests.
+// connectGuests makes the bridges for guests.
 func (s *Site) connectGuests() error {
 	err := s.inNamespace(func() error {
 		if err := setSysctls(); err != nil {
@@ -127,15 +127,20 @@ func (s *Site) connectGuests() error {
 		if err := raise("lo"); err != nil {
 			return err
 		}
-		// A fixed address, or the bridge would take that of its lowest port.
-		a := s.BridgeAddr.Addr().As4()
-		bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{
-			Name: s.Bridge, MTU: linkMTU, HardwareAddr: net.HardwareAddr{2, 0, a[0], a[1], a[2], a[3]},
-		}}
-		if err := netlink.LinkAdd(bridge); err != nil {
-			return fmt.Errorf("make bridge: %w", err)
+		for _, n := range s.guestNetworks() {
+			// A fixed address, or the bridge would take that of its lowest port.
+			a := n.Addr.Addr().As4()
+			bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{
+				Name: n.Bridge, MTU: linkMTU, HardwareAddr: net.HardwareAddr{2, 0, a[0], a[1], a[2], a[3]},
+			}}
+			if err := netlink.LinkAdd(bridge); err != nil {
+				return fmt.Errorf("make bridge: %w", err)
+			}
+			if err := raise(n.Bridge, n.Addr, n.Addr6); err != nil {
+				return err
+			}
 		}
-		return raise(s.Bridge, s.BridgeAddr, s.BridgeAddr6)
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("connect %s: %w", s.Name, err)
@@ -149,14 +154,13 @@ func (s *Site) connectPeer(device string, peer *Site) (end tun, err error) {
 		if end, err = openTUN(device); err != nil {
 			return err
 		}
-		for _, family := range []struct{ own, peer, bridge netip.Prefix }{
-			{s.WANAddr, peer.WANAddr, peer.BridgeAddr},
-			{s.WANAddr6, peer.WANAddr6, peer.BridgeAddr6},
-		} {
+		for _, family := range []struct{ own, peer netip.Prefix }{{s.WANAddr, peer.WANAddr}, {s.WANAddr6, peer.WANAddr6}} {
 			if err := joinLink(device, family.own, family.peer); err != nil {
 				return err
 			}
-			if err := addRoute(device, family.bridge.Masked(), family.peer.Addr()); err != nil {
+		}
+		for _, n := range peer.guestNetworks() {
+			if err := errors.Join(addRoute(device, n.Addr.Masked(), peer.WANAddr.Addr()), addRoute(device, n.Addr6.Masked(), peer.WANAddr6.Addr())); err != nil {
 				return err
 			}
 		}

@@ -39,6 +39,7 @@ type VMOptions struct {
 	CDROM      bool // attach a small read-only CD-ROM
 	SSH        bool // run dropbear, for StartSSH
 	GuestAgent bool // run qemu-guest-agent
+	SecondNIC  bool // in the second network of its site
 
 	Cache string // directory of Images
 	Guest string // the program wanlab-guest
@@ -113,14 +114,22 @@ type VM struct {
 	Address6 netip.Addr `json:"address6"`
 	// LinkLocal is the guest's IPv6 address on the bridge of whichever site it runs at.
 	LinkLocal netip.Addr `json:"link_local"`
-	Home      string     `json:"home"`  // site where it was made
-	Disks     []string   `json:"disks"` // paths inside the site
-	Accel     string     `json:"accel"` // kvm or tcg
+	Second    *NIC       `json:"second,omitempty"` // if asked for
+	Home      string     `json:"home"`             // site where it was made
+	Disks     []string   `json:"disks"`            // paths inside the site
+	Accel     string     `json:"accel"`            // kvm or tcg
 	// BootTime is from the start of the VM until it answered.
 	BootTime time.Duration `json:"boot_time_ns"`
 
 	Files []string `json:"files"` // made for it, as paths inside the site
 	lab   *Lab
+}
+
+// NIC is a VM's second interface, on the second bridge. What comes to its addresses is answered by it.
+type NIC struct {
+	MAC      string     `json:"mac"`
+	Address  netip.Addr `json:"address"` // ends like the VM's own ones
+	Address6 netip.Addr `json:"address6"`
 }
 
 // SerialLog is the path, inside each site, of the log of the VM's serial console.
@@ -205,7 +214,13 @@ func (v *VM) create(ctx context.Context, im *Images, site *Site, o VMOptions) er
 	}
 	d := &domain{
 		Name: v.Name, UUID: v.UUID, Memory: o.Memory, VCPUs: o.VCPUs, KVM: v.Accel == "kvm", UEFI: o.UEFI,
-		MAC: v.MAC, Bridge: site.Bridge, Serial: v.SerialLog(), GuestAgent: o.GuestAgent,
+		NICs: []domainNIC{{v.MAC, site.Bridge}}, Serial: v.SerialLog(), GuestAgent: o.GuestAgent,
+	}
+	if o.SecondNIC {
+		if v.Second, err = v.secondNIC(site); err != nil {
+			return err
+		}
+		d.NICs = append(d.NICs, domainNIC{v.Second.MAC, site.Second.Bridge})
 	}
 	if d.Kernel, d.Initrd, err = v.lab.installBoot(ctx, boot); err != nil {
 		return err
@@ -260,11 +275,17 @@ func (v *VM) seed() uint64 {
 }
 
 func (v *VM) cmdline(site *Site, o VMOptions) string {
-	return fmt.Sprintf("console=ttyS0 quiet loglevel=4 mitigations=off panic=1 wanlab.name=%s wanlab.address=%s wanlab.gateway=%s"+
+	line := fmt.Sprintf("console=ttyS0 quiet loglevel=4 mitigations=off panic=1 wanlab.name=%s wanlab.address=%s wanlab.gateway=%s"+
 		" wanlab.address6=%s wanlab.gateway6=%s wanlab.seed=%x wanlab.disks=%d wanlab.dirty=%d wanlab.write=%d wanlab.working-set=%d",
 		url.PathEscape(v.Name), netip.PrefixFrom(v.Address, site.BridgeAddr.Bits()), site.BridgeAddr.Addr(),
 		netip.PrefixFrom(v.Address6, site.BridgeAddr6.Bits()), site.BridgeAddr6.Addr(), v.seed(),
 		len(o.Disks), o.Dirty, o.Write, o.WorkingSet)
+	if second := v.Second; second != nil {
+		line += fmt.Sprintf(" wanlab.second-address=%s wanlab.second-gateway=%s wanlab.second-address6=%s wanlab.second-gateway6=%s",
+			netip.PrefixFrom(second.Address, site.Second.Addr.Bits()), site.Second.Addr.Addr(),
+			netip.PrefixFrom(second.Address6, site.Second.Addr6.Bits()), site.Second.Addr6.Addr())
+	}
+	return line
 }
 
 // installBoot copies kernel and initrd to one path in every data centre, since a VM that has moved names them too.

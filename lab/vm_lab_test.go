@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -192,6 +193,31 @@ func damage(t *testing.T, image string, magic []byte, offset int64) {
 			}
 			return
 		}
+	}
+}
+
+func TestGuestAnswersByTheNICThatWasAsked(t *testing.T) {
+	t.Parallel() // in a lab of its own, mostly waiting for its guest
+	l := makeLab(t, LinkSettings{})
+	v := createVM(t, l, VMOptions{Name: "web", SecondNIC: true, Memory: 256 << 20, Disks: []DiskOptions{{Size: 16 << 20, Format: "raw", Bus: "virtio"}}})
+	again, err := l.VM("web")
+	if err != nil || again.Second == nil || *again.Second != *v.Second {
+		t.Fatalf("the VM's second NIC is %+v, %v; want %+v", again.Second, err, v.Second)
+	}
+	addresses := []netip.Addr{v.Address, v.Address6, v.Second.Address, v.Second.Address6}
+	for i, mac := range []string{v.MAC, v.Second.MAC} {
+		for _, address := range addresses {
+			run(t, l, Users, "ping", "-c", "1", "-W", "5", address.String())
+		}
+		// Unplugged, a NIC and its own addresses are silent, and the other one does not need it.
+		run(t, l, LocalDC, "virsh", "domif-setlink", v.UUID, mac, "down")
+		for n, address := range addresses {
+			_, err := l.output(t.Context(), Users, "ping", "-c", "2", "-i", "0.2", "-W", "1", address.String())
+			if silent := n/2 == i; silent != (err != nil) {
+				t.Errorf("ping to %s with %s unplugged: %v", address, mac, err)
+			}
+		}
+		run(t, l, LocalDC, "virsh", "domif-setlink", v.UUID, mac, "up")
 	}
 }
 

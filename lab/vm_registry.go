@@ -124,6 +124,19 @@ func (l *Lab) register(name, site string) (*VM, error) {
 	return v, v.save()
 }
 
+// secondNIC gives the VM, at its own site, a second interface. Its MAC differs from the first one's by one number.
+func (v *VM) secondNIC(site *Site) (*NIC, error) {
+	mac, err := net.ParseMAC(v.MAC)
+	if err != nil {
+		return nil, fmt.Errorf("MAC of VM %q: %w", v.Name, err)
+	}
+	mac[2]++
+	a := site.Second.Addr.Addr().As4()
+	a[3] = v.Address.As4()[3]
+	address := netip.AddrFrom4(a)
+	return &NIC{MAC: mac.String(), Address: address, Address6: sameHost(site.Second.Addr6, address)}, nil
+}
+
 // sameHost is the address in an IPv6 network whose last group reads like the
 // last number of an IPv4 address.
 func sameHost(network netip.Prefix, host netip.Addr) netip.Addr {

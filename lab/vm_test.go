@@ -81,7 +81,8 @@ func TestVMOptionsAreCompleted(t *testing.T) {
 // testDomain has a name that is hostile to XML.
 func testDomain() *domain {
 	d := &domain{
-		Name: `a<b>&'"c`, UUID: "u", Memory: 1 << 29, VCPUs: 2, Kernel: "/k", Initrd: "/i", Cmdline: "x='1'", MAC: "52:54:00:00:00:01", Bridge: "br0",
+		Name: `a<b>&'"c`, UUID: "u", Memory: 1 << 29, VCPUs: 2, Kernel: "/k", Initrd: "/i", Cmdline: "x='1'",
+		NICs:   []domainNIC{{"52:54:00:00:00:01", "br0"}, {"52:54:01:00:00:01", "br1"}},
 		Serial: "/log", CDROM: "/c.iso",
 		Disks: []domainDisk{
 			{Type: "file", Source: "/a'b", Format: "raw", Bus: "virtio"},
@@ -122,6 +123,14 @@ func TestDomainXML(t *testing.T) {
 			Controllers []struct {
 				Type string `xml:"type,attr"`
 			} `xml:"controller"`
+			NICs []struct {
+				MAC struct {
+					Address string `xml:"address,attr"`
+				} `xml:"mac"`
+				Source struct {
+					Bridge string `xml:"bridge,attr"`
+				} `xml:"source"`
+			} `xml:"interface"`
 		} `xml:"devices"`
 	}
 	if err := xml.Unmarshal(text, &got); err != nil {
@@ -137,6 +146,13 @@ func TestDomainXML(t *testing.T) {
 	want := []string{"disk /a'b vda virtio", "disk /dev/loop3 sda scsi", "disk /q sdb sata", "disk /w vdb virtio", "cdrom /c.iso sdc sata"}
 	if !slices.Equal(disks, want) {
 		t.Errorf("disks %q, want %q", disks, want)
+	}
+	var nics []string
+	for _, n := range got.Devices.NICs {
+		nics = append(nics, n.MAC.Address+" "+n.Source.Bridge)
+	}
+	if want := []string{"52:54:00:00:00:01 br0", "52:54:01:00:00:01 br1"}; !slices.Equal(nics, want) {
+		t.Errorf("interfaces %q, want %q", nics, want)
 	}
 	if len(got.Devices.Controllers) != 2 || got.Devices.Controllers[0].Type != "scsi" {
 		t.Errorf("controllers %+v, want one for SCSI and the absence of USB", got.Devices.Controllers)
@@ -194,6 +210,10 @@ func TestRegisterGivesEachVMItsOwn(t *testing.T) {
 	again, err := l.VM("web server")
 	if err != nil || !reflect.DeepEqual(again, vms[1]) {
 		t.Errorf("read %+v, %v; want %+v", again, err, vms[1])
+	}
+	second, err := vms[1].secondNIC(l.Sites[LocalDC])
+	if err != nil || fmt.Sprint(second.Address, " ", second.Address6) != "10.11.0.11 fd00:11::11" || second.MAC[:9] != "52:54:01:" || second.MAC[9:] != vms[1].MAC[9:] {
+		t.Errorf("the second NIC of %+v is %+v, %v", vms[1], second, err)
 	}
 	if _, err := l.register("web", LocalDC); err == nil {
 		t.Error("a name was given twice")

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -22,7 +23,11 @@ disk holds files from this machine's packages, up to a third of its size.
 
 A disk is a size or the path of an empty block device, and may say
 format=raw|qcow2, bus=virtio|scsi|sata and backing=yes|no:
-  --disk 1GiB --disk 512MiB,format=qcow2,bus=scsi --disk /dev/loop3`,
+  --disk 1GiB --disk 512MiB,format=qcow2,bus=scsi --disk /dev/loop3
+
+With --second-nic it is also in the network of its data centre's br1, at an
+address that ends like its first one. Users have a route there, and it answers
+by the NIC whose address was asked.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.Name = args[0]
@@ -51,8 +56,7 @@ format=raw|qcow2, bus=virtio|scsi|sata and backing=yes|no:
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s is up at %s after %.1f s (%s)\n  %s, %s%%br0, %s\n  disks %s\n  console log %s\n",
-				vm.Name, vm.Home, vm.BootTime.Seconds(), vm.Accel, vm.Address, vm.LinkLocal, vm.MAC, strings.Join(vm.Disks, ", "), vm.SerialLog())
+			printVM(cmd.OutOrStdout(), vm)
 			return nil
 		},
 	}
@@ -72,9 +76,19 @@ format=raw|qcow2, bus=virtio|scsi|sata and backing=yes|no:
 	f.BoolVar(&o.CDROM, "cdrom", false, "attach a read-only CD-ROM")
 	f.BoolVar(&o.SSH, "ssh", false, "run an ssh server, for wanlab client --ssh")
 	f.BoolVar(&o.GuestAgent, "guest-agent", false, "run qemu-guest-agent, for virsh domifaddr --source agent")
+	f.BoolVar(&o.SecondNIC, "second-nic", false, "attach a second NIC, to br1")
 	addImages(cmd, &o.Cache, &o.Guest)
 	cmd.MarkFlagsMutuallyExclusive("transient", "persistent")
 	return cmd
+}
+
+func printVM(w io.Writer, vm *lab.VM) {
+	fmt.Fprintf(w, "%s is up at %s after %.1f s (%s)\n  %s, %s%%br0, %s\n",
+		vm.Name, vm.Home, vm.BootTime.Seconds(), vm.Accel, vm.Address, vm.LinkLocal, vm.MAC)
+	if vm.Second != nil {
+		fmt.Fprintf(w, "  %s, %s, %s\n", vm.Second.Address, vm.Second.Address6, vm.Second.MAC)
+	}
+	fmt.Fprintf(w, "  disks %s\n  console log %s\n", strings.Join(vm.Disks, ", "), vm.SerialLog())
 }
 
 // parseAmount reads a size, or a rate per second.

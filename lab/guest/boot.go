@@ -22,13 +22,16 @@ import (
 
 // settings come from the kernel's command line, as wanlab.KEY=VALUE.
 type settings struct {
-	name  string // percent-encoded on the command line
-	ipv4  family
-	ipv6  family // besides the link-local address
-	seed  uint64
-	disks int // to wait for
-	load  api.Load
+	name   string // percent-encoded on the command line
+	first  nic
+	second nic // or empty
+	seed   uint64
+	disks  int // to wait for
+	load   api.Load
 }
+
+// nic is the guest's place in a network, besides its link-local address.
+type nic struct{ ipv4, ipv6 family }
 
 // family is the guest's place in one IP version, or empty.
 type family struct {
@@ -49,13 +52,21 @@ func parseSettings(cmdline string) (settings, error) {
 		case "name":
 			s.name, err = url.PathUnescape(value)
 		case "address":
-			s.ipv4.address = value
+			s.first.ipv4.address = value
 		case "gateway":
-			s.ipv4.gateway = value
+			s.first.ipv4.gateway = value
 		case "address6":
-			s.ipv6.address = value
+			s.first.ipv6.address = value
 		case "gateway6":
-			s.ipv6.gateway = value
+			s.first.ipv6.gateway = value
+		case "second-address":
+			s.second.ipv4.address = value
+		case "second-gateway":
+			s.second.ipv4.gateway = value
+		case "second-address6":
+			s.second.ipv6.address = value
+		case "second-gateway6":
+			s.second.ipv6.gateway = value
 		case "seed":
 			s.seed, err = strconv.ParseUint(value, 16, 64)
 		case "disks":
@@ -112,11 +123,15 @@ func loadModules() error {
 	return nil
 }
 
-// bringUpNetwork gives the first Ethernet device its addresses; its IPv6 link-local address follows from the MAC, and is
-// usable at once like the others. Router advertisements are not listened to.
+// secondTable is the routing table of what is sent from an address of the second Ethernet device.
+const secondTable = 2
+
+// bringUpNetwork gives the first Ethernet device its addresses, and the second one if it has any; its IPv6 link-local
+// address follows from the MAC, and is usable at once like the others. Router advertisements are not listened to. What
+// comes by the second device is answered by it; what the guest begins itself takes the first.
 func bringUpNetwork(s settings) error {
 	for _, conf := range []string{"accept_ra", "autoconf", "accept_dad", "dad_transmits"} {
-		for _, scope := range []string{"all", "default", "eth0"} {
+		for _, scope := range []string{"all", "default", "eth0", "eth1"} {
 			path := "/proc/sys/net/ipv6/conf/" + scope + "/" + conf
 			if err := os.WriteFile(path, []byte("0"), 0o644); err != nil && !os.IsNotExist(err) {
 				return err
@@ -128,22 +143,33 @@ func bringUpNetwork(s settings) error {
 	} else if err := netlink.LinkSetUp(lo); err != nil {
 		return err
 	}
-	eth, err := netlink.LinkByName("eth0")
+	if err := s.first.bringUp("eth0", unix.RT_TABLE_MAIN); err != nil {
+		return err
+	}
+	if s.second == (nic{}) {
+		return nil
+	}
+	return s.second.bringUp("eth1", secondTable)
+}
+
+// bringUp raises a device. Routes other than its networks go into a table.
+func (n nic) bringUp(device string, table int) error {
+	eth, err := netlink.LinkByName(device)
 	if err != nil {
-		return fmt.Errorf("eth0: %w", err)
+		return fmt.Errorf("%s: %w", device, err)
 	}
 	if err := netlink.LinkSetUp(eth); err != nil {
-		return fmt.Errorf("eth0: %w", err)
+		return fmt.Errorf("%s: %w", device, err)
 	}
-	for _, f := range []family{s.ipv4, s.ipv6} {
-		if err := f.bringUp(eth); err != nil {
+	for _, f := range []family{n.ipv4, n.ipv6} {
+		if err := f.bringUp(eth, table); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (f family) bringUp(eth netlink.Link) error {
+func (f family) bringUp(eth netlink.Link, table int) error {
 	if f.address == "" {
 		return nil
 	}
@@ -161,8 +187,20 @@ func (f family) bringUp(eth netlink.Link) error {
 	if gateway == nil {
 		return fmt.Errorf("gateway %q is not an address", f.gateway)
 	}
-	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: eth.Attrs().Index, Gw: gateway}); err != nil {
+	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: eth.Attrs().Index, Gw: gateway, Table: table}); err != nil {
 		return fmt.Errorf("gateway %s: %w", f.gateway, err)
+	}
+	if table == unix.RT_TABLE_MAIN {
+		return nil
+	}
+	network := &net.IPNet{IP: address.IP.Mask(address.Mask), Mask: address.Mask}
+	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: eth.Attrs().Index, Dst: network, Scope: netlink.SCOPE_LINK, Table: table}); err != nil {
+		return fmt.Errorf("network of %s: %w", f.address, err)
+	}
+	rule := netlink.NewRule()
+	rule.Src, rule.Table = netlink.NewIPNet(address.IP), table
+	if err := netlink.RuleAdd(rule); err != nil {
+		return fmt.Errorf("rule for %s: %w", f.address, err)
 	}
 	return nil
 }
