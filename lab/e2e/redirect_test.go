@@ -4,10 +4,12 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -25,30 +27,31 @@ import (
 // flows are a client's connections to a guest, from users.
 type flows struct {
 	w        *world
-	stream   *lab.Stream
-	stream6  *lab.Stream
+	streams  map[string]*lab.Stream // by what they are to
 	udp      *lab.UDPFlow
 	download *lab.Download
 	ssh      *lab.SSHSession
 }
 
-// startFlows opens one connection of each kind.
+// startFlows opens one connection of each kind, and a stream to each address.
 func (w *world) startFlows(v *lab.VM, ssh bool) *flows {
 	w.t.Helper()
-	f := &flows{w: w}
+	f := &flows{w: w, streams: map[string]*lab.Stream{}}
 	ctx := w.t.Context()
-	var errs [5]error
-	f.stream, errs[0] = v.StartStream(ctx, lab.Users, v.Address, 10*time.Millisecond)
-	f.stream6, errs[1] = v.StartStream(ctx, lab.Users, v.Address6, 10*time.Millisecond)
-	f.udp, errs[2] = v.StartUDP(ctx, lab.Users, v.Address, 10*time.Millisecond)
-	f.download, errs[3] = v.StartDownload(ctx, lab.Users, v.Address, lab.DownloadOptions{MiB: 256, Limit: 2 << 20})
+	var errs [3]error
+	f.udp, errs[0] = v.StartUDP(ctx, lab.Users, v.Address, 10*time.Millisecond)
+	f.download, errs[1] = v.StartDownload(ctx, lab.Users, v.Address, lab.DownloadOptions{MiB: 256, Limit: 2 << 20})
 	if ssh {
-		f.ssh, errs[4] = v.StartSSH(ctx, lab.Users, v.Address)
+		f.ssh, errs[2] = v.StartSSH(ctx, lab.Users, v.Address)
 	}
-	for _, err := range errs {
-		if err != nil {
-			w.t.Fatal(err)
-		}
+	all := errs[:]
+	for _, a := range addresses(v) {
+		stream, err := v.StartStream(ctx, lab.Users, a, 10*time.Millisecond)
+		f.streams["stream to "+a.String()] = stream
+		all = append(all, err)
+	}
+	if err := errors.Join(all...); err != nil {
+		w.t.Fatal(err)
 	}
 	return f
 }
@@ -58,17 +61,17 @@ func (f *flows) stop() {
 	t := f.w.t
 	t.Helper()
 	check := func(what string, r fmt.Stringer, err error) {
-		t.Logf("%-9s %s", what, r)
+		t.Logf("%-21s %s", what, r)
 		if err != nil {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
 	udp := f.udp.Stop()
 	check("udp", udp, udp.Err())
-	stream := f.stream.Stop()
-	check("stream", stream, stream.Err())
-	stream6 := f.stream6.Stop()
-	check("stream v6", stream6, stream6.Err())
+	for what, stream := range f.streams {
+		r := stream.Stop()
+		check(what, r, r.Err())
+	}
 	download := f.download.Stop()
 	check("download", download, download.Err())
 	if f.ssh != nil {
@@ -77,10 +80,26 @@ func (f *flows) stop() {
 	}
 }
 
-// named names a guest's addresses for wanmig move: of its two the quiet one
-// could not be seen.
-func named(v *lab.VM) []string {
-	return []string{"--address", v.MAC + "=" + v.Address.String(), "--address", v.MAC + "=" + v.Address6.String()}
+// addresses are those of all of a guest's NICs.
+func addresses(v *lab.VM) []netip.Addr {
+	all := []netip.Addr{v.Address, v.Address6}
+	if v.Second != nil {
+		all = append(all, v.Second.Address, v.Second.Address6)
+	}
+	return all
+}
+
+// named names a guest's addresses for wanmig move: those that are quiet could
+// not be seen.
+func named(v *lab.VM) (args []string) {
+	for i, a := range addresses(v) {
+		mac := v.MAC
+		if i > 1 {
+			mac = v.Second.MAC
+		}
+		args = append(args, "--address", mac+"="+a.String())
+	}
+	return args
 }
 
 // redirects reads the redirects of a site.
@@ -120,6 +139,8 @@ func allAre(state netredirect.State) func([]netredirect.Status) bool {
 	}
 }
 
+var bridgeState, bridgeRoute = regexp.MustCompile(`^br[01] `), regexp.MustCompile(`dev br[01] proto kernel`)
+
 // dump is everything of a host's network that a redirect may change. The
 // addresses that neighbours happen to have in a cache are left out.
 func (w *world) dump(site string) string {
@@ -139,11 +160,11 @@ func (w *world) dump(site string) string {
 	}
 	var kept []string
 	for line := range strings.Lines(out) {
-		// The bridge has these, its link-local address and its state, only while it
+		// A bridge has these, its link-local address and its state, only while it
 		// has a port, the guest's.
-		if !strings.Contains(line, "vnet") && !strings.Contains(line, "fe80:") && !strings.Contains(line, "33:33:") && !strings.Contains(line, "ff00::/8") && !strings.HasPrefix(line, "br0 ") {
+		if !strings.Contains(line, "vnet") && !strings.Contains(line, "fe80:") && !strings.Contains(line, "33:33:") && !strings.Contains(line, "ff00::/8") && !bridgeState.MatchString(line) {
 			// Nor is the bridge's own network down but for that.
-			if line = strings.Replace(line, " linkdown", "", 1); !strings.Contains(line, "dev br0 proto kernel") && !strings.Contains(line, "broadcast") {
+			if line = strings.Replace(line, " linkdown", "", 1); !bridgeRoute.MatchString(line) && !strings.Contains(line, "broadcast") {
 				kept = append(kept, line)
 			}
 		}
@@ -216,14 +237,14 @@ func (w *world) directly(v *lab.VM, to netip.Addr) {
 	}
 }
 
-// TestConnectionsFollowTheRoute moves a guest that keeps its addresses away and
-// back, with connections of every kind open all the time, and checks that both
-// hosts are as they were once nothing uses the tunnels.
+// TestConnectionsFollowTheRoute moves a guest that keeps the addresses of its two
+// NICs away and back, with connections of every kind open all the time, and checks
+// that both hosts are as they were once nothing uses the tunnels.
 func TestConnectionsFollowTheRoute(t *testing.T) {
 	t.Parallel()
 	w := newWorldWith(t, lab.Options{Services: true}, "100mbit", "50ms")
 	before := map[string]string{lab.LocalDC: w.dump(lab.LocalDC), lab.RemoteDC: w.dump(lab.RemoteDC)}
-	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, SSH: true, Disks: []lab.DiskOptions{disk(t, "256MiB")}})
+	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, SSH: true, SecondNIC: true, Disks: []lab.DiskOptions{disk(t, "256MiB")}})
 	f := w.startFlows(v, true)
 	r := w.move(lab.LocalDC, "web", lab.RemoteDC, named(v)...)
 	t.Logf("moved: downtime %d ms", r.DowntimeMS)
@@ -231,7 +252,8 @@ func TestConnectionsFollowTheRoute(t *testing.T) {
 	w.awaitRedirect(lab.LocalDC, "gone", none)
 	s := w.awaitRedirect(lab.RemoteDC, "only the addresses are served", allAre(netredirect.Resident))[0]
 	w.unchanged(lab.LocalDC, before[lab.LocalDC])
-	for _, p := range []netip.Prefix{netip.PrefixFrom(v.Address, 32), netip.PrefixFrom(v.Address6, 128)} {
+	for _, a := range addresses(v) {
+		p := netip.PrefixFrom(a, a.BitLen())
 		if !slices.Contains(s.Announced, p) {
 			t.Errorf("%s is not announced: %v", p, s.Announced)
 		}
@@ -240,8 +262,9 @@ func TestConnectionsFollowTheRoute(t *testing.T) {
 			t.Errorf("users' BIRD does not lead to %s by remote-dc: %v\n%s", p, err, out)
 		}
 	}
-	w.directly(v, v.Address)
-	w.directly(v, v.Address6)
+	for _, a := range addresses(v) {
+		w.directly(v, a)
+	}
 
 	t.Log("and back")
 	w.move(lab.RemoteDC, "web", lab.LocalDC)
