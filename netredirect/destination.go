@@ -125,7 +125,7 @@ func (m *Manager) place(uuid string, there, here []NIC) ([]hostNIC, error) {
 		home := !slices.ContainsFunc(n.Addresses, func(a netip.Addr) bool {
 			return !slices.ContainsFunc(b.Prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
 		})
-		all = append(all, hostNIC{NIC: n, bridgeMAC: b.MAC.String(), home: home || m.leftFrom(uuid, n)})
+		all = append(all, hostNIC{NIC: n, bridgeMAC: b.MAC.String(), home: home || m.leftFrom(uuid, n), networks: b.Prefixes})
 	}
 	return all, nil
 }
@@ -145,8 +145,8 @@ func (m *Manager) leftFrom(uuid string, n NIC) bool {
 	return false
 }
 
-// map1to1 chooses a free address of the pool for each foreign one of the VM.
-// Called with the lock held.
+// map1to1 chooses a free address of the pool for each foreign one of the VM, of
+// its bridge's own network if the pool has one. Called with the lock held.
 func (m *Manager) map1to1(nics []hostNIC) (map[netip.Addr]netip.Addr, error) {
 	hosts, err := m.reserved("", netip.Addr{})
 	if err != nil {
@@ -172,8 +172,9 @@ func (m *Manager) map1to1(nics []hostNIC) (map[netip.Addr]netip.Addr, error) {
 	}
 	mapped := map[netip.Addr]netip.Addr{}
 	for _, n := range foreignNICs(nics) {
+		pool := append(within(m.Pool, n.networks), m.Pool...)
 		for _, a := range n.Addresses {
-			to, ok := free(m.Pool, a.Is4(), taken)
+			to, ok := free(pool, a.Is4(), taken)
 			if !ok {
 				return nil, fmt.Errorf("no free address of the pool for %s", a)
 			}
@@ -181,6 +182,13 @@ func (m *Manager) map1to1(nics []hostNIC) (map[netip.Addr]netip.Addr, error) {
 		}
 	}
 	return mapped, nil
+}
+
+// within are the parts of a pool that belong to one of the networks.
+func within(pool, networks []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(pool), func(p netip.Prefix) bool {
+		return !slices.ContainsFunc(networks, func(n netip.Prefix) bool { return n.Bits() <= p.Bits() && n.Contains(p.Addr()) })
+	})
 }
 
 // free finds the first address of a family that is not taken. Those that a

@@ -303,10 +303,11 @@ func (x *redirect) stillLeads(back *redirect) bool {
 // before reports whether a redirect is an earlier one.
 func (x *redirect) before(other *redirect) bool { return x != other && x.Began.Before(other.Began) }
 
-// prefixes are the VM's addresses as host routes.
+// prefixes are the VM's addresses as host routes, without those that are at home
+// at the destination, as it knows.
 func (x *redirect) prefixes() []netip.Prefix {
 	var all []netip.Prefix
-	for _, a := range x.addresses() {
+	for _, a := range addressesOf(foreignNICs(x.hostNICs())) {
 		all = append(all, host(a))
 	}
 	return all

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -53,6 +54,36 @@ func TestPoolLeavesOutTheHostsOwn(t *testing.T) {
 			if mapped[addr(own)] != addr(want) {
 				t.Errorf("%s is mapped to %v, not %s", own, mapped[addr(own)], want)
 			}
+		}
+		return err
+	})
+}
+
+// TestNewAddressesAreOfTheNICsNetwork chooses new addresses for a VM on two
+// bridges, of which only one has IPv6 addresses in the pool.
+func TestNewAddressesAreOfTheNICsNetwork(t *testing.T) {
+	s := planSite(t)
+	m := s.manager()
+	m.Pool = nets("192.0.2.96/27", "198.51.100.96/27", "2001:db8:1::60/124")
+	ask := []NIC{{MAC: "52:54:00:00:00:01", Addresses: addrs("10.0.0.1", "2001:db8:77::1")}, {MAC: "52:54:00:00:00:02", Addresses: addrs("10.1.0.1", "2001:db8:78::1")}}
+	here := []NIC{{MAC: "52:54:00:00:00:02", Bridge: "br1", Tap: "w0"}, {MAC: "52:54:00:00:00:01", Bridge: "br0", Tap: "v0"}}
+	s.must(func() error {
+		nics, err := m.place("u", ask, here)
+		if err != nil {
+			return err
+		}
+		mapped, err := m.map1to1(nics)
+		r := &record{}
+		r.setNICs(nics) // as the journal keeps them
+		added := map[string]string{}
+		for _, step := range planDestination(destinationNeeds{device: "wmqtest", nics: r.hostNICs(), mapped: mapped}).Stay {
+			if step.Address != nil {
+				added[step.Address.Prefix.Addr().String()] = step.Address.Dev
+			}
+		}
+		want := map[string]string{"192.0.2.97": "br0", "198.51.100.97": "br1", "2001:db8:1::61": "br0", "2001:db8:1::62": "br0"}
+		if !maps.Equal(added, want) || mapped[addr("10.1.0.1")] != addr("198.51.100.97") {
+			t.Errorf("the new addresses are at %v, not %v: %v", added, want, mapped)
 		}
 		return err
 	})

@@ -36,7 +36,8 @@ func markOf(slot int) uint32 { return markOurs | uint32(slot)<<markSlotBits }
 type hostNIC struct {
 	NIC
 	bridgeMAC string
-	home      bool // destination: the bridge's own network has the VM's addresses
+	home      bool           // destination: the bridge's own network has the VM's addresses
+	networks  []netip.Prefix // destination: of the bridge
 }
 
 // tunnelFacts are a tunnel's ends, as its host sees them.
@@ -156,7 +157,7 @@ func planDestination(d destinationNeeds) Plan {
 	for _, n := range d.nics {
 		for _, a := range n.Addresses {
 			if to, ok := d.mapped[a]; ok {
-				p.Stay = append(p.Stay, hostnet.Step{Address: &hostnet.Address{Dev: n.Bridge, Prefix: host(to)}})
+				p.Stay = append(p.Stay, hostnet.Step{Address: &hostnet.Address{Dev: d.bridgeOf(to, n), Prefix: host(to)}})
 			}
 		}
 	}
@@ -164,6 +165,17 @@ func planDestination(d destinationNeeds) Plan {
 		p.Stay = append(p.Stay, hostnet.Step{Table: mappingTable(d)})
 	}
 	return p
+}
+
+// bridgeOf is where neighbours ask for a new address of a NIC: on the bridge whose
+// network has it, be it another NIC's, or on the NIC's own.
+func (d destinationNeeds) bridgeOf(to netip.Addr, n hostNIC) string {
+	for _, o := range append([]hostNIC{n}, d.nics...) {
+		if slices.ContainsFunc(o.networks, func(p netip.Prefix) bool { return p.Contains(to) }) {
+			return o.Bridge
+		}
+	}
+	return n.Bridge
 }
 
 // bridgeSysctls let the host forward on the bridge, and at the source answer

@@ -23,14 +23,21 @@ func addrs(list ...string) (all []netip.Addr) {
 	return all
 }
 
+func nets(list ...string) (all []netip.Prefix) {
+	for _, s := range list {
+		all = append(all, netip.MustParsePrefix(s))
+	}
+	return all
+}
+
 // The VM's NICs as the tests plan for them.
 func web(home bool) hostNIC {
-	return hostNIC{NIC{MAC: "52:54:00:00:00:01", Bridge: "br0", Tap: "v0", Addresses: addrs("192.0.2.10", "2001:db8:1::10")}, "02:00:00:00:00:01", home}
+	return hostNIC{NIC{MAC: "52:54:00:00:00:01", Bridge: "br0", Tap: "v0", Addresses: addrs("192.0.2.10", "2001:db8:1::10")}, "02:00:00:00:00:01", home, nets("203.0.113.96/27")}
 }
 
 func storage(home bool) hostNIC {
 	return hostNIC{NIC{MAC: "52:54:00:00:00:02", Bridge: "br1", Tap: "w0", Addresses: addrs("198.51.100.20", "198.51.100.21"),
-		Served: "02:00:00:00:00:77"}, "02:00:00:00:00:02", home}
+		Served: "02:00:00:00:00:77"}, "02:00:00:00:00:02", home, nets("198.51.100.1/24", "2001:db8:9::1/64")}
 }
 
 func only(n hostNIC, list ...string) hostNIC {

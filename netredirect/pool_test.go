@@ -2,17 +2,13 @@ package netredirect
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 )
 
 func TestFree(t *testing.T) {
-	pool := func(list string) (all []netip.Prefix) {
-		for _, s := range strings.Fields(list) {
-			all = append(all, netip.MustParsePrefix(s))
-		}
-		return all
-	}
+	pool := func(list string) []netip.Prefix { return nets(strings.Fields(list)...) }
 	v4, v6 := true, false
 	for _, c := range []struct {
 		pool  string
@@ -67,6 +63,24 @@ func TestFree(t *testing.T) {
 		if ok != (c.want != "") || ok && got != addr(c.want) {
 			t.Errorf("pool %q without %q: %v, %v, not %q", c.pool, c.taken, got, ok, c.want)
 		}
+	}
+}
+
+func TestWithin(t *testing.T) {
+	pool := nets("192.0.2.64/28", "198.51.100.64/28", "203.0.113.0/24", "2001:db8:1::/120", "2001:db8:2::/120")
+	for _, c := range []struct{ networks, want []netip.Prefix }{
+		{nil, nil},
+		{nets("198.51.100.1/24", "2001:db8:1::1/64"), nets("198.51.100.64/28", "2001:db8:1::/120")},
+		{nets("203.0.113.1/24"), nets("203.0.113.0/24")},
+		{nets("203.0.113.1/25", "0.0.0.0/32"), nil}, // a pool may be larger than the network
+		{nets("2001:db8::1/32"), nets("2001:db8:1::/120", "2001:db8:2::/120")},
+	} {
+		if got := within(pool, c.networks); !slices.Equal(got, c.want) {
+			t.Errorf("within %v: %v, not %v", c.networks, got, c.want)
+		}
+	}
+	if len(pool) != 5 || pool[1] != nets("198.51.100.64/28")[0] {
+		t.Errorf("the pool itself is changed: %v", pool)
 	}
 }
 

@@ -65,12 +65,14 @@ type nic struct {
 	NIC
 	BridgeMAC string `json:"bridge_mac"`
 	Home      bool   `json:"home,omitempty"`
+
+	Networks []netip.Prefix `json:"networks,omitempty"`
 }
 
 func (r *record) hostNICs() []hostNIC {
 	var all []hostNIC
 	for _, n := range r.NICs {
-		all = append(all, hostNIC{n.NIC, n.BridgeMAC, n.Home})
+		all = append(all, hostNIC{n.NIC, n.BridgeMAC, n.Home, n.Networks})
 	}
 	return all
 }
@@ -78,7 +80,7 @@ func (r *record) hostNICs() []hostNIC {
 func (r *record) setNICs(nics []hostNIC) {
 	r.NICs = nil
 	for _, n := range nics {
-		r.NICs = append(r.NICs, nic{n.NIC, n.bridgeMAC, n.home})
+		r.NICs = append(r.NICs, nic{n.NIC, n.bridgeMAC, n.home, n.networks})
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -277,5 +278,14 @@ func TestNumbersOfRedirects(t *testing.T) {
 	}
 	if _, err := m.add(&record{Move: "one more"}); err == nil || !strings.Contains(err.Error(), "wanmig redirect cut") {
 		t.Errorf("one too many: %v", err)
+	}
+}
+
+// TestHomeIsNotAnnounced leaves out the addresses that the destination's own
+// networks have already.
+func TestHomeIsNotAnnounced(t *testing.T) {
+	x := &redirect{record: *goodRecord()}
+	if got, want := x.prefixes(), nets("192.0.2.10/32", "2001:db8:1::10/128"); !slices.Equal(got, want) {
+		t.Errorf("%v, not %v", got, want)
 	}
 }
