@@ -45,8 +45,8 @@ bgp:
   next_hops: [%s, "%s"]
   communities: ["65020:100"]
   peers: [{address: %s, asn: %d, local: %s}]
-addresses: {pool: [10.%d0.0.192/27, "fd00:%d0::1:0/124"]}
-`, l.nameServer(), DNSKeyFile, u.AgentASN, u.Agent.Addr(), u.DC.Addr(), u.DC6.Addr(), u.Users.Addr(), usersASN, u.Agent.Addr(), n, n)
+addresses: {pool: [10.%d0.0.192/27, "fd00:%d0::1:0/124", 10.%d1.0.192/27, "fd00:%d1::1:0/124"]}
+`, l.nameServer(), DNSKeyFile, u.AgentASN, u.Agent.Addr(), u.DC.Addr(), u.DC6.Addr(), u.Users.Addr(), usersASN, u.Agent.Addr(), n, n, n, n)
 }
 
 // overlayYAML puts the keys of one mapping over those of another.

@@ -18,7 +18,7 @@ bgp:
   next_hops: [10.254.2.1, "fd00:254:2::1"]
   communities: ["65020:100"]
   peers: [{address: 10.254.2.2, asn: 65030, local: 10.254.2.3}]
-addresses: {pool: [10.20.0.192/27, "fd00:20::1:0/124"]}
+addresses: {pool: [10.20.0.192/27, "fd00:20::1:0/124", 10.21.0.192/27, "fd00:21::1:0/124"]}
 `
 
 func TestAgentConfigOfALabWithServices(t *testing.T) {
@@ -32,7 +32,7 @@ func TestAgentConfigOfALabWithServices(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"asn: 65011", "router_id: 10.10.0.2", `next_hops: [10.10.0.1, "fd00:10::1"]`,
-		"peers: [{address: 10.10.0.100, asn: 65030, local: 10.10.0.2}]", `pool: [10.10.0.192/27, "fd00:10::1:0/124"]`} {
+		"peers: [{address: 10.10.0.100, asn: 65030, local: 10.10.0.2}]", `pool: [10.10.0.192/27, "fd00:10::1:0/124", 10.11.0.192/27, "fd00:11::1:0/124"]`} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %s in\n%s", want, got)
 		}

@@ -175,7 +175,7 @@ func parseDig(out string) ([]Record, error) {
 
 var hostLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`)
 
-// dnsName is the VM's name in the zone, with a dot at the end, or empty if its
+// dnsName is the VM's own name in the zone, with a dot at the end, or empty if its
 // own name cannot be one of a host (RFC 952, RFC 1123).
 func (v *VM) dnsName() string {
 	if !v.lab.Services || !hostLabel.MatchString(v.Name) {
@@ -184,53 +184,74 @@ func (v *VM) dnsName() string {
 	return v.Name + "." + Zone + "."
 }
 
-// addRecords makes the VM's records.
-func (v *VM) addRecords(ctx context.Context) error {
+// hostRecords are the records of one name.
+type hostRecords struct {
+	name      string
+	addresses [2]netip.Addr
+}
+
+// records are those of the VM's NICs, each of which has a name of its own.
+func (v *VM) records() []hostRecords {
 	name := v.dnsName()
 	if name == "" {
 		return nil
 	}
-	forward := []string{
-		fmt.Sprintf("add %s %d A %s", name, recordTTL, v.Address),
-		fmt.Sprintf("add %s %d AAAA %s", name, recordTTL, v.Address6),
+	all := []hostRecords{{name, [2]netip.Addr{v.Address, v.Address6}}}
+	if v.Second != nil {
+		all = append(all, hostRecords{"second." + name, [2]netip.Addr{v.Second.Address, v.Second.Address6}})
 	}
-	var reverse []string
-	for _, address := range []netip.Addr{v.Address, v.Address6} {
-		owner, err := dns.ReverseAddr(address.String())
-		if err != nil {
+	return all
+}
+
+// addRecords makes the VM's records.
+func (v *VM) addRecords(ctx context.Context) error {
+	for _, r := range v.records() {
+		forward := []string{
+			fmt.Sprintf("add %s %d A %s", r.name, recordTTL, r.addresses[0]),
+			fmt.Sprintf("add %s %d AAAA %s", r.name, recordTTL, r.addresses[1]),
+		}
+		var reverse []string
+		for _, address := range r.addresses {
+			owner, err := dns.ReverseAddr(address.String())
+			if err != nil {
+				return err
+			}
+			reverse = append(reverse, fmt.Sprintf("add %s %d PTR %s", owner, recordTTL, r.name))
+		}
+		if err := v.lab.updateNames(ctx, forward, reverse[:1], reverse[1:]); err != nil {
 			return err
 		}
-		reverse = append(reverse, fmt.Sprintf("add %s %d PTR %s", owner, recordTTL, name))
 	}
-	return v.lab.updateNames(ctx, forward, reverse[:1], reverse[1:])
+	return nil
 }
 
 // removeRecords deletes the VM's records, also those of an address that it got
 // at another site.
 func (v *VM) removeRecords(ctx context.Context) error {
-	name := v.dnsName()
-	if name == "" {
-		return nil
-	}
-	updates := [][]string{{"delete " + name}}
-	addresses := map[string]bool{v.Address.String(): true, v.Address6.String(): true}
-	for _, recordType := range []string{"A", "AAAA"} {
-		records, err := v.lab.Dig(ctx, LocalDC, name, recordType)
-		if err != nil {
+	for _, r := range v.records() {
+		updates := [][]string{{"delete " + r.name}}
+		addresses := map[string]bool{r.addresses[0].String(): true, r.addresses[1].String(): true}
+		for _, recordType := range []string{"A", "AAAA"} {
+			records, err := v.lab.Dig(ctx, LocalDC, r.name, recordType)
+			if err != nil {
+				return err
+			}
+			for _, r := range records {
+				addresses[r.Data] = true
+			}
+		}
+		for address := range addresses {
+			owner, err := dns.ReverseAddr(address)
+			if err != nil {
+				return err
+			}
+			updates = append(updates, []string{fmt.Sprintf("delete %s PTR %s", owner, r.name)})
+		}
+		if err := v.lab.updateNames(ctx, updates...); err != nil {
 			return err
 		}
-		for _, r := range records {
-			addresses[r.Data] = true
-		}
 	}
-	for address := range addresses {
-		owner, err := dns.ReverseAddr(address)
-		if err != nil {
-			return err
-		}
-		updates = append(updates, []string{fmt.Sprintf("delete %s PTR %s", owner, name)})
-	}
-	return v.lab.updateNames(ctx, updates...)
+	return nil
 }
 
 // updateNames has nsupdate send each list of changes, which are to one zone.

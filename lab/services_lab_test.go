@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/miekg/dns"
 	"golang.org/x/sys/unix"
 )
 
@@ -277,28 +278,39 @@ func TestKilledSupervisorTakesServicesWithIt(t *testing.T) {
 
 func TestGuestHasBothFamiliesAndAName(t *testing.T) {
 	l := makeServices(t)
-	v := createVM(t, l, VMOptions{Name: "web", Memory: 256 << 20, Disks: []DiskOptions{{Size: 64 << 20, Format: "raw", Bus: "virtio"}}})
+	v := createVM(t, l, VMOptions{Name: "web", SecondNIC: true, Memory: 256 << 20, Disks: []DiskOptions{{Size: 64 << 20, Format: "raw", Bus: "virtio"}}})
 	if got := fmt.Sprint(v.Address, " ", v.Address6); got != "10.10.0.10 fd00:10::10" {
 		t.Errorf("addresses %s", got)
 	}
-	for _, address := range []string{"10.10.0.10", "fd00:10::10"} {
+	for _, address := range []string{"10.10.0.10", "fd00:10::10", "10.11.0.10", "fd00:11::10"} {
 		// From another network, so that the guest needs its gateway.
 		run(t, l, RemoteDC, "ping", "-c", "1", "-W", "5", address)
 		run(t, l, Users, "ping", "-c", "1", "-W", "5", address)
 	}
 	run(t, l, Users, "ping", "-4", "-c", "1", "-W", "5", "web")
 	run(t, l, Users, "ping", "-6", "-c", "1", "-W", "5", "web.wanlab.test")
-	for _, c := range [][2]string{{"A", "10.10.0.10"}, {"AAAA", "fd00:10::10"}} {
-		records, err := l.Dig(t.Context(), Users, "web.wanlab.test", c[0])
-		if err != nil || len(records) != 1 || records[0].Data != c[1] || records[0].TTL != time.Minute {
-			t.Errorf("%s: %+v, %v; want %s for a minute", c[0], records, err, c[1])
+	names := [][3]string{{"web.wanlab.test.", "A", "10.10.0.10"}, {"web.wanlab.test.", "AAAA", "fd00:10::10"},
+		{"second.web.wanlab.test.", "A", "10.11.0.10"}, {"second.web.wanlab.test.", "AAAA", "fd00:11::10"}}
+	for _, c := range names {
+		records, err := l.Dig(t.Context(), Users, c[0], c[1])
+		if err != nil || len(records) != 1 || records[0].Data != c[2] || records[0].TTL != time.Minute {
+			t.Errorf("%s %s: %+v, %v; want %s for a minute", c[0], c[1], records, err, c[2])
+		}
+		reverse, err := dns.ReverseAddr(c[2])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if records, err := l.Dig(t.Context(), Users, reverse, "PTR"); err != nil || len(records) != 1 || records[0].Data != c[0] {
+			t.Errorf("%s: %+v, %v; want %s", reverse, records, err, c[0])
 		}
 	}
 	if err := v.Remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if records, err := l.Dig(t.Context(), Users, "web.wanlab.test", "A"); err != nil || len(records) > 0 {
-		t.Errorf("after the removal: %+v, %v", records, err)
+	for _, c := range names {
+		if records, err := l.Dig(t.Context(), Users, c[0], c[1]); err != nil || len(records) > 0 {
+			t.Errorf("after the removal: %+v, %v", records, err)
+		}
 	}
 }
 

@@ -237,6 +237,27 @@ func (w *world) directly(v *lab.VM, to netip.Addr) {
 	}
 }
 
+// record is what the name server has for the name that one of a guest's addresses
+// had when it was made, or nothing if that is not one record.
+func (w *world) record(v *lab.VM, own netip.Addr) (r lab.Record) {
+	w.t.Helper()
+	name, kind := v.Name+"."+lab.Zone, "A"
+	if own.Is6() {
+		kind = "AAAA"
+	}
+	if v.Second != nil && (own == v.Second.Address || own == v.Second.Address6) {
+		name = "second." + name
+	}
+	all, err := w.Dig(w.t.Context(), lab.Users, name, kind)
+	if err != nil {
+		w.t.Log(err)
+	}
+	if len(all) == 1 {
+		r = all[0]
+	}
+	return r
+}
+
 // TestConnectionsFollowTheRoute moves a guest that keeps the addresses of its two
 // NICs away and back, with connections of every kind open all the time, and checks
 // that both hosts are as they were once nothing uses the tunnels.
@@ -277,19 +298,18 @@ func TestConnectionsFollowTheRoute(t *testing.T) {
 	}
 }
 
-// TestConnectionsOutliveTheOldAddress moves a guest to new addresses: DNS leads
-// new clients there, and old connections go on.
+// TestConnectionsOutliveTheOldAddress moves a guest with two NICs to new addresses
+// of both networks there: DNS leads new clients to them, and old connections go on.
 func TestConnectionsOutliveTheOldAddress(t *testing.T) {
 	t.Parallel()
 	w := newWorldWith(t, lab.Options{Services: true}, "100mbit", "50ms")
 	before := map[string]string{lab.LocalDC: w.dump(lab.LocalDC), lab.RemoteDC: w.dump(lab.RemoteDC)}
-	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "256MiB")}})
+	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, SecondNIC: true, Disks: []lab.DiskOptions{disk(t, "256MiB")}})
 	f := w.startFlows(v, false)
 	args := append(named(v), "--addresses", "new", "--lower-ttl", "--redirect", "quic")
 	w.move(lab.LocalDC, "web", lab.RemoteDC, args...)
 	s := w.awaitRedirect(lab.RemoteDC, "names have moved", func(all []netredirect.Status) bool {
-		a, err := w.Dig(t.Context(), lab.Users, "web.wanlab.test", "A")
-		return err == nil && len(a) == 1 && len(all) == 1 && a[0].Data == all[0].Mapped[v.Address].String()
+		return len(all) == 1 && !slices.ContainsFunc(addresses(v), func(a netip.Addr) bool { return w.record(v, a).Data != all[0].Mapped[a].String() })
 	})[0]
 	if s.Kind != netredirect.QUIC {
 		t.Errorf("the tunnel is %s", s.Kind)
@@ -299,35 +319,38 @@ func TestConnectionsOutliveTheOldAddress(t *testing.T) {
 		t.Errorf("with connections in it the tunnel is %+v", s)
 	}
 	f.stop()
-	for old, now := range s.Mapped {
+	for n, old := range addresses(v) {
+		now := s.Mapped[old]
 		reverse, err := dns.ReverseAddr(now.String())
 		if err != nil {
 			t.Fatal(err)
 		}
-		if back, err := w.Dig(t.Context(), lab.Users, reverse, "PTR"); err != nil || len(back) != 1 || back[0].Data != "web.wanlab.test." {
+		if back, err := w.Dig(t.Context(), lab.Users, reverse, "PTR"); err != nil || len(back) != 1 || back[0].Data != w.record(v, old).Name {
 			t.Errorf("PTR of %s, once %s: %v %v", now, old, back, err)
+		}
+		first, second := w.Sites[lab.RemoteDC], w.Sites[lab.RemoteDC].Second
+		network := []netip.Prefix{first.BridgeAddr, first.BridgeAddr6, second.Addr, second.Addr6}[n]
+		if !network.Contains(now) {
+			t.Errorf("the new address %s, once %s, is not of %s", now, old, network.Masked())
 		}
 		w.directly(v, now)
 	}
 	w.awaitRedirect(lab.LocalDC, "gone", none)
 	w.unchanged(lab.LocalDC, before[lab.LocalDC])
-	ttl := func() time.Duration {
-		a, err := w.Dig(t.Context(), lab.Users, "web.wanlab.test", "A")
-		if err != nil || len(a) != 1 {
-			t.Fatalf("web.wanlab.test: %v %v", a, err)
+	for _, a := range addresses(v) {
+		if r := w.record(v, a); r.TTL != time.Minute {
+			t.Errorf("the TTL of %s is %v, it was 1m", r.Name, r.TTL)
 		}
-		return a[0].TTL
-	}
-	if ttl() != time.Minute {
-		t.Errorf("the TTL is %v, it was 1m", ttl())
 	}
 
 	t.Log("and back")
 	w.move(lab.RemoteDC, "web", lab.LocalDC)
 	w.awaitRedirect(lab.RemoteDC, "gone", none)
 	w.awaitRedirect(lab.LocalDC, "gone", none)
-	if a, err := w.Dig(t.Context(), lab.Users, "web.wanlab.test", "A"); err != nil || len(a) != 1 || a[0].Data != v.Address.String() {
-		t.Errorf("web.wanlab.test is %v (%v), its address is %s again", a, err, v.Address)
+	for _, a := range addresses(v) {
+		if r := w.record(v, a); r.Data != a.String() {
+			t.Errorf("%s is %s, its address is %s again", r.Name, r.Data, a)
+		}
 	}
 	for site, was := range before {
 		w.unchanged(site, was)
