@@ -27,7 +27,10 @@ func TestClient(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	mustRun(t, dir, "up", "--no-agent")
-	mustRun(t, dir, "vm", "web", "--ssh", "--memory", "256MiB", "--disk", "16MiB", "--guest", guest)
+	made := mustRun(t, dir, "vm", "web", "--ssh", "--second-nic", "--memory", "256MiB", "--disk", "16MiB", "--guest", guest)
+	if !strings.Contains(made, "  10.11.0.10, fd00:11::10, 52:54:01:") {
+		t.Errorf("a guest with a second NIC printed:\n%s", made)
+	}
 
 	var seen struct {
 		Stream   lab.StreamResult
@@ -44,7 +47,7 @@ func TestClient(t *testing.T) {
 	}
 
 	// It ends with its download, long before its time.
-	got := mustRun(t, dir, "client", "web", "--from", lab.RemoteDC, "--download", "2", "--for", "10m")
+	got := mustRun(t, dir, "client", "web", "--from", lab.RemoteDC, "--address", "10.11.0.10", "--download", "2", "--for", "10m")
 	if !strings.HasPrefix(got, "download  2.0 of 2 MiB at ") || !strings.Contains(got, ", 0 bytes wrong, 0 resets; longest gap ") || strings.Count(got, "\n") != 1 {
 		t.Errorf("a download printed:\n%s", got)
 	}
