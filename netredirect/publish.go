@@ -64,12 +64,23 @@ func (x *redirect) moveNames() {
 		}
 		return
 	}
-	if !x.Lowered.IsZero() && !x.Restored && cachedFor(time.Now(), x.Lowered, x.NameMoved, x.oldTTL(), x.m.lowTTL()) == 0 {
-		err := x.m.dns.RestoreTTL(ctx, x.Names)
-		x.problem("TTL", err)
-		if err == nil {
-			x.change(func(r *record) { r.Restored = true })
-		}
+	x.restoreTTL(ctx)
+}
+
+// restoreTTL gives the VM's names their TTL back when nobody has an old address
+// any more, which may be after the tunnel's end.
+func (x *redirect) restoreTTL(ctx context.Context) {
+	x.m.mu.Lock()
+	due := x.m.dns != nil && !x.Lowered.IsZero() && !x.Restored && cachedFor(time.Now(), x.Lowered, x.NameMoved, x.oldTTL(), x.m.lowTTL()) == 0
+	recs := x.Names
+	x.m.mu.Unlock()
+	if !due {
+		return
+	}
+	err := x.m.dns.RestoreTTL(ctx, recs)
+	x.problem("TTL", err)
+	if err == nil {
+		x.change(func(r *record) { r.Restored = true })
 	}
 }
 
@@ -164,7 +175,13 @@ func (m *Manager) retireNames(x *redirect) (waits []string) {
 	m.mu.Unlock()
 	for o, old := range olds {
 		if old.NameBack.IsZero() {
-			err := m.dns.MoveBack(ctx, old.Names, old.Mapped)
+			var err error
+			if !old.Lowered.IsZero() && !old.Restored { // before a later redirect finds the names at their old addresses
+				err = m.dns.RestoreTTL(ctx, old.Names)
+			}
+			if err == nil {
+				err = m.dns.MoveBack(ctx, old.Names, old.Mapped)
+			}
 			if err != nil && !errors.Is(err, names.ErrReverse) {
 				x.problem("DNS", err)
 				waits = append(waits, "the VM's names are not back at its own addresses yet")

@@ -237,12 +237,18 @@ func (x *redirect) liveDestination() (done bool) {
 		}
 		return true
 	}
+	leaving := x.leaving() // its names and routes are the later redirect's to move
 	if x.state() == Resident {
+		if !leaving {
+			ctx, cancel := context.WithTimeout(x.ctx, dnsPatience)
+			defer cancel()
+			x.restoreTTL(ctx)
+		}
 		return false
 	}
 	x.watchTraffic()
-	if x.leaving() {
-		return false // its names and routes are the later redirect's to move
+	if leaving {
+		return false
 	}
 	x.moveNames()
 	x.moveRoutes()
