@@ -40,7 +40,11 @@ func TestTablesAreAccepted(t *testing.T) {
 				return nil
 			})
 		}
-		if tables < 3 {
+		least := 3
+		if name == "destination-follows" { // the bridge's is another redirect's
+			least = 2
+		}
+		if tables < least {
 			t.Errorf("%s has only %d tables", name, tables)
 		}
 	}
