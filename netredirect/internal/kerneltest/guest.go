@@ -106,7 +106,7 @@ func (g Guest) pack(kernel, root, initrd string) error {
 		}
 	}
 	for _, d := range []string{"proc", "sys", "dev", "tmp", "applets"} {
-		if err := os.Mkdir(filepath.Join(root, d), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
 			return err
 		}
 	}
