@@ -37,6 +37,9 @@ var arrows = map[string][]string{
 	"lab/guest":             {"lab/guest/api"},
 	"lab/guest/api":         {},
 	"cmd/wanlab":            {"lab", "lab/guest/api"},
+
+	// Of tests alone.
+	"netredirect/internal/kerneltest": {"lab"},
 }
 
 // owners are the packages that alone may import a library.

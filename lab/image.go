@@ -220,7 +220,7 @@ func (im *Images) unpacked(ctx context.Context, name string) (string, error) {
 // initrd makes the guest's initial and only root file system: the guest program as init, busybox for a shell, and modules
 // numbered in the order to load them; and files that were asked for.
 func (im *Images) initrd(modules, busyboxTree string, names []string, more []initrdFile) (string, error) {
-	files, err := resolveModules(modules, names)
+	files, err := ResolveModules(modules, names)
 	if err != nil {
 		return "", err
 	}

@@ -141,7 +141,7 @@ func TestResolveModules(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "modules.builtin"), []byte("kernel/lib/crc16.ko\nkernel/fs/ext4/ext4.ko\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	files, err := resolveModules(dir, []string{"virtio-net", "ext4", "virtio"})
+	files, err := ResolveModules(dir, []string{"virtio-net", "ext4", "virtio"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,10 +152,10 @@ func TestResolveModules(t *testing.T) {
 	if want := []string{"virtio_ring", "virtio", "net_failover", "virtio_net"}; !slices.Equal(names, want) {
 		t.Errorf("modules %v, want %v", names, want)
 	}
-	if files, err := resolveModules(dir, []string{"a"}); err != nil || len(files) != 2 {
+	if files, err := ResolveModules(dir, []string{"a"}); err != nil || len(files) != 2 {
 		t.Errorf("modules that need each other: %v, %v", files, err)
 	}
-	if _, err := resolveModules(dir, []string{"broken"}); err == nil || !strings.Contains(err.Error(), "no module absent") {
+	if _, err := ResolveModules(dir, []string{"broken"}); err == nil || !strings.Contains(err.Error(), "no module absent") {
 		t.Errorf("a missing dependency: %v", err)
 	}
 	whole, err := os.ReadFile(filepath.Join(dir, "kernel/net/virtio_net.ko"))
@@ -166,7 +166,7 @@ func TestResolveModules(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, "kernel/net/virtio_net.ko"), whole[:n], 0o644); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := resolveModules(dir, []string{"virtio_net"}); err == nil {
+		if _, err := ResolveModules(dir, []string{"virtio_net"}); err == nil {
 			t.Fatalf("the first %d of %d bytes were read as a module", n, len(whole))
 		}
 	}

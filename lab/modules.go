@@ -10,9 +10,9 @@ import (
 	"strings"
 )
 
-// resolveModules returns the files of the named kernel modules and of all that they depend on, each after those it needs.
+// ResolveModules returns the files of the named kernel modules and of all that they depend on, each after those it needs.
 // Modules that are built into the kernel are left out. dir is the kernel's directory under lib/modules.
-func resolveModules(dir string, names []string) ([]string, error) {
+func ResolveModules(dir string, names []string) ([]string, error) {
 	files := make(map[string]string)
 	err := filepath.WalkDir(filepath.Join(dir, "kernel"), func(path string, d fs.DirEntry, err error) error {
 		if err == nil && strings.HasSuffix(path, ".ko") {

@@ -4,98 +4,34 @@ package encap
 
 import (
 	"bytes"
-	"cmp"
+	_ "embed"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
-	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/wanmig/wanmig/lab"
+	"github.com/wanmig/wanmig/netredirect/internal/kerneltest"
 )
 
-// kernelModules are those that the guest needs, each after those that it needs.
-var kernelModules = []string{
-	"virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "failover", "net_failover", "virtio_net",
-	"tunnel4", "tunnel6", "ip_tunnel", "ipip", "sit", "ip6_tunnel",
-}
+//go:embed testdata/kernel-end.sh
+var kernelEnd string
 
-// bootKernelEnd boots Debian's kernel, with testdata/kernel-end.sh as init, at the other end of the interface tap of the
-// namespace. It returns the path of the guest's console.
+// bootKernelEnd boots Debian's kernel at the other end of the interface tap of
+// the namespace. It returns the path of the guest's console.
 func (s *space) bootKernelEnd(tap, encapLimit string) (console string) {
 	s.t.Helper()
-	cache := cmp.Or(os.Getenv("WANLAB_CACHE"), lab.DefaultCache)
-	kernels, _ := filepath.Glob(filepath.Join(cache, "package-linux-image-[0-9]*-cloud-amd64/boot/vmlinuz-*"))
-	if len(kernels) == 0 {
-		s.t.Fatalf("no kernel of Debian's in %s: make build, and then bin/wanlab image", cache)
-	}
-	kernel := kernels[len(kernels)-1]
-	release := strings.TrimPrefix(filepath.Base(kernel), "vmlinuz-")
-	modules := filepath.Join(filepath.Dir(kernel), "../lib/modules", release)
-
-	dir := s.t.TempDir()
-	root := filepath.Join(dir, "root")
-	install := func(from, to string) {
-		s.t.Helper()
-		b, err := os.ReadFile(from)
-		if err == nil {
-			err = os.MkdirAll(filepath.Dir(root+to), 0o755)
-		}
-		if err == nil {
-			err = os.WriteFile(root+to, b, 0o755)
-		}
-		if err != nil {
-			s.t.Fatal(err)
-		}
-	}
-	for i, m := range kernelModules {
-		found, err := exec.Command("find", modules, "-name", m+".ko").Output()
-		if err != nil || len(found) == 0 {
-			s.t.Fatalf("%s has no module %s: %v", modules, m, err)
-		}
-		install(strings.TrimSpace(string(found)), fmt.Sprintf("/modules/%02d-%s.ko", i, m))
-	}
-	install("testdata/kernel-end.sh", "/init")
-	install("/usr/bin/busybox", "/bin/busybox")
-	ip, err := exec.LookPath("ip")
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	install(ip, "/sbin/ip")
-	libraries, err := exec.Command("ldd", ip).Output()
-	if err != nil {
-		s.t.Fatalf("libraries of ip: %v", err)
-	}
-	for field := range strings.FieldsSeq(string(libraries)) {
-		if strings.HasPrefix(field, "/") {
-			install(field, field)
-		}
-	}
-	for _, d := range []string{"proc", "sys", "dev"} {
-		if err := os.Mkdir(filepath.Join(root, d), 0o755); err != nil {
-			s.t.Fatal(err)
-		}
-	}
-	if err := os.WriteFile(filepath.Join(root, "encaplimit"), []byte(encapLimit), 0o644); err != nil {
-		s.t.Fatal(err)
-	}
-	initrd := filepath.Join(dir, "initrd")
-	pack := exec.Command("sh", "-c", "find . | busybox cpio -o -H newc >"+initrd)
-	pack.Dir = root
-	if out, err := pack.CombinedOutput(); err != nil {
-		s.t.Fatalf("pack initrd: %v\n%s", err, out)
-	}
-
-	console = filepath.Join(dir, "console")
-	s.background("qemu-system-x86_64", "-accel", "tcg", "-m", "256", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1 mitigations=off", "-serial", "file:"+console,
-		"-netdev", "tap,id=net,script=no,downscript=no,ifname="+tap, "-device", "virtio-net-pci,netdev=net,romfile=")
+	command, console := kerneltest.Guest{
+		Modules:  []string{"virtio_pci", "virtio_net", "ipip", "sit", "ip6_tunnel"},
+		Programs: []string{"ip"},
+		Script:   fmt.Sprintf("encaplimit=%q\n%s", encapLimit, kernelEnd),
+		Tap:      tap,
+		Memory:   256,
+	}.QEMU(s.t)
+	s.background(command[0], command[1:]...)
 	return console
 }
 

@@ -39,7 +39,7 @@ func (d *Device) command() string {
 	case KindTUN:
 		return fmt.Sprintf("ip tuntap add dev %s mode tun  # carried by the agent", d.Name)
 	case KindIPIP:
-		add = words("ip link add name", d.Name, mtu, "type ipip", ends, "ttl", ttl, "pmtudisc")
+		add = words("ip link add name", d.Name, mtu, "type ipip mode ipip", ends, "ttl", ttl, "pmtudisc")
 	case KindSit:
 		add = words("ip link add name", d.Name, mtu, "type sit mode any", ends, "ttl", ttl, "pmtudisc")
 	case KindIP6Tnl:
@@ -47,7 +47,11 @@ func (d *Device) command() string {
 	case KindVLAN:
 		add = words("ip link add link", d.Parent, "name", d.Name, mtu, "type vlan id", fmt.Sprint(d.VLAN))
 	}
-	return add + "\n" + fmt.Sprintf("ip link set dev %s alias %s up", d.Name, alias)
+	set := fmt.Sprintf("ip link set dev %s alias %s", d.Name, alias)
+	if d.tunnel() { // before it is up, which is when a device makes itself an address
+		set += " addrgenmode none\nip link set dev " + d.Name
+	}
+	return add + "\n" + set + " up"
 }
 
 func (d *Device) undo() string {

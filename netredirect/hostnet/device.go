@@ -14,6 +14,11 @@ import (
 // bytes to each packet (IP6_TNL_F_IGN_ENCAP_LIMIT, include/uapi/linux/ip6_tunnel.h).
 const ip6tnlNoEncapLimit = 1
 
+// addrGenModeNone keeps the kernel from giving a device a link-local address,
+// with which it would ask for routers through the tunnel for as long as that
+// stands (IN6_ADDR_GEN_MODE_NONE, include/uapi/linux/if_link.h).
+const addrGenModeNone = 1
+
 func (d *Device) apply(_ context.Context, h *Host) error {
 	link, err := h.kernel.LinkByName(d.Name)
 	if d.Kind == KindTUN && isGone(err) {
@@ -40,6 +45,12 @@ func (d *Device) apply(_ context.Context, h *Host) error {
 	if link.Attrs().Alias != alias {
 		if err := h.kernel.LinkSetAlias(link, alias); err != nil {
 			return fmt.Errorf("set alias: %w", err)
+		}
+	}
+	if d.tunnel() {
+		err := h.kernel.LinkSetIP6AddrGenMode(link, addrGenModeNone)
+		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) { // a kernel without IPv6
+			return fmt.Errorf("keep it from making itself an address: %w", err)
 		}
 	}
 	if link.Attrs().Flags&net.FlagUp == 0 {
@@ -69,7 +80,8 @@ func (d *Device) revert(_ context.Context, h *Host) error {
 
 // addDevice makes a device, and the kernel load the module for it.
 func (h *Host) addDevice(d *Device) (netlink.Link, error) {
-	attrs := netlink.LinkAttrs{Name: d.Name, MTU: d.MTU}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU = d.Name, d.MTU
 	var link netlink.Link
 	switch d.Kind {
 	case KindIPIP:
@@ -155,6 +167,11 @@ func (h *Host) differs(d *Device, link netlink.Link) string {
 		return ""
 	}
 	return "is another: " + is
+}
+
+// tunnel tells the kinds that have two ends and are made by the kernel.
+func (d *Device) tunnel() bool {
+	return d.Kind == KindIPIP || d.Kind == KindSit || d.Kind == KindIP6Tnl
 }
 
 func (d *Device) hasEnds(local, remote net.IP) bool {

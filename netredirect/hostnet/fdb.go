@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -15,14 +16,14 @@ func (f *FDB) apply(_ context.Context, h *Host) error {
 	if err != nil {
 		return err
 	}
+	// One that stands is ours, or one that libvirt has put there, which says the
+	// same and is not sticky: Revert tells them apart.
+	if slices.ContainsFunc(standing, func(e neighbourEntry) bool { return e.static() && e.index == index && e.vlan == f.VLAN }) {
+		return nil
+	}
 	for _, e := range standing {
-		static := e.state&unix.NUD_NOARP != 0
-		switch {
-		case static && e.index == index:
-			// Ours, or one that libvirt has put there, which says the same
-			// and is not sticky: Revert tells them apart.
-			return nil
-		case static || e.state&unix.NUD_PERMANENT != 0:
+		ours := e.index == index && e.flags&netlink.NTF_STICKY != 0
+		if (e.static() || e.state&unix.NUD_PERMANENT != 0) && !ours {
 			return fmt.Errorf("%w: the bridge has %v fixed at %s: remove it", ErrTaken, e.mac, h.nameOf(e.index))
 		}
 	}
@@ -39,7 +40,7 @@ func (f *FDB) revert(_ context.Context, h *Host) error {
 		return err
 	}
 	for _, e := range standing {
-		if e.index != index || e.state&unix.NUD_NOARP == 0 || e.flags&netlink.NTF_STICKY == 0 {
+		if e.index != index || e.vlan != f.VLAN || !e.static() || e.flags&netlink.NTF_STICKY == 0 {
 			continue
 		}
 		if _, err := request(unix.RTM_DELNEIGH, unix.NLM_F_ACK, f.message(index)...); err != nil && !isGone(err) {
@@ -49,8 +50,13 @@ func (f *FDB) revert(_ context.Context, h *Host) error {
 	return nil
 }
 
-// standing returns the port and what its bridge has for the MAC address. A
-// device that is no port anymore is as good as gone.
+// static tells the entries of a bridge that do not age.
+func (e neighbourEntry) static() bool { return e.state&unix.NUD_NOARP != 0 }
+
+// standing returns the port and what its bridge has for the MAC address: told of
+// no VLAN, the kernel changes the entries of all VLANs that the port is in
+// (br_fdb_add, net/bridge/br_fdb.c). A device that is no port anymore is as good
+// as gone.
 func (f *FDB) standing(h *Host) (index int, found []neighbourEntry, err error) {
 	link, err := h.link(f.Dev)
 	if err != nil {
@@ -66,7 +72,7 @@ func (f *FDB) standing(h *Host) (index int, found []neighbourEntry, err error) {
 	}
 	mac := parseMAC(f.MAC)
 	for _, e := range entries {
-		if e.master == bridge && e.vlan == f.VLAN && bytes.Equal(e.mac, mac) {
+		if e.master == bridge && (e.vlan == f.VLAN || f.VLAN == 0) && bytes.Equal(e.mac, mac) {
 			found = append(found, e)
 		}
 	}

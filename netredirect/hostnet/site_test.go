@@ -130,10 +130,7 @@ var (
 func (s *site) dump() string {
 	s.t.Helper()
 	text := s.sh(`for f in -4 -6; do
-		echo rules; ip $f rule
-		echo routes; ip $f route show table all
-		echo neighbours; ip $f neigh show nud permanent; ip $f neigh show proxy
-		echo addresses; ip $f addr
+		printf '%s\n' rule 'route show table all' 'neigh show nud permanent' 'neigh show proxy' addr | ip $f -batch -
 	done
 	echo links; ip -d link
 	echo fdb; bridge fdb show | grep -E 'permanent|static' | sort
@@ -197,11 +194,16 @@ func bridgeSite(t *testing.T) *site {
 // settled is a dump after the kernel has done what it does by itself.
 func (s *site) settled() string {
 	s.t.Helper()
-	last := s.dump()
-	eventually(s.t, "dumps stay the same", func() bool {
+	return settled(s.t, s.dump)
+}
+
+func settled(t *testing.T, dump func() string) string {
+	t.Helper()
+	last := dump()
+	eventually(t, "dumps stay the same", func() bool {
 		time.Sleep(100 * time.Millisecond)
 		before := last
-		last = s.dump()
+		last = dump()
 		return before == last
 	})
 	return last

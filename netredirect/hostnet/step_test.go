@@ -21,17 +21,17 @@ var typed = []struct {
 }{
 	{
 		Step{Device: &Device{Name: "wm0", Kind: KindIPIP, Local: addr("192.0.2.1"), Remote: addr("198.51.100.1"), MTU: 1480, TTL: 64}},
-		"ip link add name wm0 mtu 1480 type ipip local 192.0.2.1 remote 198.51.100.1 ttl 64 pmtudisc\nip link set dev wm0 alias wanmig up",
+		"ip link add name wm0 mtu 1480 type ipip mode ipip local 192.0.2.1 remote 198.51.100.1 ttl 64 pmtudisc\nip link set dev wm0 alias wanmig addrgenmode none\nip link set dev wm0 up",
 		"ip link del dev wm0",
 	},
 	{
 		Step{Device: &Device{Name: "wm0", Kind: KindSit, Local: addr("192.0.2.1"), Remote: addr("198.51.100.1")}},
-		"ip link add name wm0 type sit mode any local 192.0.2.1 remote 198.51.100.1 ttl inherit pmtudisc\nip link set dev wm0 alias wanmig up",
+		"ip link add name wm0 type sit mode any local 192.0.2.1 remote 198.51.100.1 ttl inherit pmtudisc\nip link set dev wm0 alias wanmig addrgenmode none\nip link set dev wm0 up",
 		"ip link del dev wm0",
 	},
 	{
 		Step{Device: &Device{Name: "wm0", Kind: KindIP6Tnl, Local: addr("2001:db8::1"), Remote: addr("2001:db8::2"), MTU: 1460, TTL: 64}},
-		"ip link add name wm0 mtu 1460 type ip6tnl mode any local 2001:db8::1 remote 2001:db8::2 hoplimit 64 encaplimit none\nip link set dev wm0 alias wanmig up",
+		"ip link add name wm0 mtu 1460 type ip6tnl mode any local 2001:db8::1 remote 2001:db8::2 hoplimit 64 encaplimit none\nip link set dev wm0 alias wanmig addrgenmode none\nip link set dev wm0 up",
 		"ip link del dev wm0",
 	},
 	{

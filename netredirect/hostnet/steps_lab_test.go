@@ -402,29 +402,6 @@ func TestReplace(t *testing.T) {
 	}
 }
 
-// TestKernelWithoutTunnels runs where the kernel has none of them, as the
-// laboratory's has not.
-func TestKernelWithoutTunnels(t *testing.T) {
-	s := bridgeSite(t)
-	h := s.host()
-	before := s.settled()
-	for _, d := range []*Device{
-		{Name: "wm0", Kind: KindIPIP, Local: addr("192.0.2.1"), Remote: addr("198.51.100.1"), MTU: 1480, TTL: 64},
-		{Name: "wm0", Kind: KindSit, Local: addr("192.0.2.1"), Remote: addr("198.51.100.1")},
-		{Name: "wm0", Kind: KindIP6Tnl, Local: addr("2001:db8::1"), Remote: addr("2001:db8::2")},
-		{Name: "wm0", Kind: KindVLAN, Parent: "br0", VLAN: 7},
-	} {
-		step := Step{Device: d}
-		s.must(func() error {
-			if err := h.Apply(context.Background(), step); !errors.Is(err, ErrNoKernelSupport) || !strings.Contains(err.Error(), d.Kind) {
-				t.Errorf("%s: %v", d.Kind, err)
-			}
-			return h.Revert(context.Background(), step)
-		})
-	}
-	same(t, "after", before, s.dump())
-}
-
 func TestWithoutNFT(t *testing.T) {
 	s := bridgeSite(t)
 	h := s.host()
