@@ -271,6 +271,9 @@ func (x *redirect) Undo(why string) {
 			}
 		}
 	}
+	if x.Role == Destination && x.Options.LowerTTL && x.m.dns != nil {
+		x.m.work.Go(x.raiseTTL)
+	}
 }
 
 // closePredecessors ends what earlier redirects of the same VM did at the host

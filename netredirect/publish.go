@@ -84,6 +84,20 @@ func (x *redirect) restoreTTL(ctx context.Context) {
 	}
 }
 
+// raiseTTL gives the names of a VM that did not come their TTL back.
+func (x *redirect) raiseTTL() {
+	x.naming.Lock() // findNames may be lowering it
+	defer x.naming.Unlock()
+	if len(x.Names) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(x.m.ctx, dnsPatience)
+	defer cancel()
+	if err := x.m.dns.RestoreTTL(ctx, x.Names); err != nil {
+		x.m.Log.Warn("the TTL of the VM's names stays low: raise it by hand", "move", x.Move, "vm", x.VM, "error", err)
+	}
+}
+
 // behind names the servers that do not answer with the new addresses.
 func behind(servers []names.ServerStatus) error {
 	var late []string
