@@ -182,10 +182,24 @@ func newOutbox(tb testing.TB, size int64, b *Budget) *Outbox {
 	return o
 }
 
+func newContent(tb testing.TB, size int64) *Content {
+	tb.Helper()
+	c, err := NewContent(size)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	return c
+}
+
 func newTransfer(tb testing.TB, dev nbd.Device, b *Budget) *transfer {
 	return &transfer{
 		outbox: newOutbox(tb, dev.Size(), b),
-		target: NewTarget(dev),
+		target: NewTarget(dev, newContent(tb, dev.Size())),
 		budget: b,
 		frames: newPipe(),
 		acks:   newPipe(),
@@ -222,14 +236,14 @@ func (x *transfer) settled() error {
 	if s.Pending() != 0 || s.PendingZero != 0 {
 		return fmt.Errorf("something still waits: %+v", s)
 	}
-	if s.Accepted != s.Coalesced+s.SentData+s.SentZero {
+	if s.Accepted != s.Coalesced+s.SentData+s.Held+s.SentZero {
 		return fmt.Errorf("accepted is not coalesced and sent: %+v", s)
 	}
-	if s.Applied != s.SentData+s.SentZero {
+	if s.Applied != s.SentData+s.Held+s.SentZero {
 		return fmt.Errorf("applied is not sent: %+v", s)
 	}
 	t := x.target.Stats()
-	if t.Applied != s.Applied || t.Applied != t.Written+t.Zeroed+t.Skipped {
+	if t.Applied != s.Applied || t.Applied != t.Written+t.Zeroed+t.Skipped || t.Held != s.Held {
 		return fmt.Errorf("target counted %+v, source %+v", t, s)
 	}
 	select {

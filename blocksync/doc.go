@@ -8,9 +8,18 @@
 //
 //	guest > QEMU mirror > Outbox ──── one channel per disk ────> Target > QEMU > new disk
 //	                       ^                                        │
-//	                       └── durable, progress, failure ──────────┘
+//	                       └── held, durable, progress, failure ────┘
 //
-// # Protocol, version 1
+// Content that the destination holds is not sent. The source offers what it is
+// about to send for the first time by the fingerprints of its pages, up to 32 MiB
+// ahead, so that no answer is waited for. The destination looks them up in the
+// move's Content, reads what is there, compares, and keeps the bytes of those
+// that are the same until it is told to apply them: content that was overwritten
+// meanwhile, or never was what the index says, is not held, and is sent.
+// When little is left nothing is offered: a guest that is stopped would wait for
+// the answer.
+//
+// # Protocol, version 2
 //
 // A frame is one type byte and a body, at most 4 MiB together. Numbers are
 // big-endian. Offsets and lengths are bytes of the guest's disk and lie within
@@ -20,9 +29,13 @@
 //
 //	type  name     body
 //	1     open     version u8, size u64
-//	2     data     extents, each: offset u64, size u32, method u8, length u32, payload
+//	2     data     extents, method u8, payload
 //	3     zero     extents, each: offset u64, length u64
 //	4     barrier  id u64, final u8
+//	5     offer    id u32, extents, fingerprints of 16 bytes
+//	6     apply    id u32
+//
+// extents: count u16, then each: offset u64, size u32
 //
 // Destination to source:
 //
@@ -30,12 +43,21 @@
 //	1     durable   id u64, applied u64
 //	2     progress  applied u64
 //	3     failure   text, UTF-8, at most 1024 bytes
+//	4     held      id u32, bitmap
 //
 // open is the first frame; a version or size that differs from the
-// destination's is refused. data carries 1 or more extents of 1 to 1,048,576
-// bytes each; method and payload are those of package compress, length is the
-// payload's. zero carries 1 or more extents that read as zeros. Frames are
-// applied in order where they overlap, in any order where they do not.
+// destination's is refused. data carries 1 or more extents of 1,048,576 bytes
+// together; method and payload are those of package compress, of the extents'
+// content one after the other. zero carries 1 or more extents that read as
+// zeros. Frames are applied in order where they overlap, in any order where they
+// do not.
+//
+// offer carries a fingerprint of package compress for each whole page of 4 KiB,
+// counted from the disk's start, that lies in its extents, in their order. held
+// answers with a bit for each, the first the lowest of the first byte: 1 where
+// the destination has the content. apply writes that; its place among the frames
+// is what counts, not the offer's. At most 32 offers may wait for their apply,
+// after which the id is free.
 //
 // barrier asks for durable, with the same id, once everything sent before it is
 // on stable storage. Ids count from 1. The barrier with final 1 is the last

@@ -26,9 +26,11 @@ type Outbox struct {
 	blocks map[int64]*block // dirty and not all zero
 	dirty  bitmap           // in order, not taken by the sender
 	zeros  bitmap           // dirty, and all zero
+	sent   bitmap           // taken by the sender at some time
 	order  queue
 	strict bool
 	sealed bool
+	above  int64 // offerAbove
 	err    error // why nothing is accepted any more
 
 	barrier uint64 // the last one asked for
@@ -58,9 +60,10 @@ type Stats struct {
 	PendingZero   int64 // zeros that wait
 	InFlight      int64 // content taken to be encoded and sent
 	SentData      int64 // content sent, before compression
+	Held          int64 // content that the destination had already
 	SentZero      int64 // zeros sent
 	Wire          int64 // bytes of all frames sent
-	Applied       int64 // of SentData and SentZero, written at the destination
+	Applied       int64 // of SentData, Held and SentZero, written at the destination
 	SpoolProblem  error // why the spool file is smaller than it was allowed to be
 }
 
@@ -79,6 +82,8 @@ func NewOutbox(size int64, b *Budget) (*Outbox, error) {
 		blocks: make(map[int64]*block),
 		dirty:  newBitmap(n),
 		zeros:  newBitmap(n),
+		sent:   newBitmap(n),
+		above:  offerAbove,
 	}, nil
 }
 

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
+	"sync"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -14,12 +16,14 @@ const (
 	// jobSize bounds the content of one data frame, and with it of one extent.
 	// Adjacent content is compressed together: a root file system takes 6 % fewer
 	// bytes in extents of 1 MiB than in extents of 256 KiB.
-	jobSize = maxExtent
+	jobSize = maxContent
 	// maxZeros bounds the extents of one zero frame.
 	maxZeros = 4096
-	// maxEncoders bounds the memory of a disk's pipeline: each encoder has a job
-	// of at most 2 MiB, and two more wait.
+	// maxEncoders is how many jobs of a disk are fingerprinted or encoded at once.
 	maxEncoders = 8
+	// offerAbove is how much has to wait for what is sent to be offered: the answer
+	// takes a round trip, for which a guest that is stopped would wait.
+	offerAbove = 4 << 20
 )
 
 // job is what is sent together: content, then zeros, then a barrier. None of
@@ -30,11 +34,18 @@ type job struct {
 	zeros   []extent
 	barrier span
 
-	raw       []byte
-	extents   []extent // of raw, in its order
-	dataFrame []byte
-	zeroFrame []byte
-	encoded   chan struct{} // receives when the frames are ready
+	offered bool
+	id      uint32 // of its offer
+	held    []byte // the destination's answer
+
+	raw        []byte
+	extents    []extent // of raw, in its order
+	missing    []extent // of raw, what the destination does not hold
+	offerFrame []byte
+	dataFrame  []byte
+	zeroFrame  []byte
+	collected  chan struct{} // receives when raw and the offer are ready
+	encoded    chan struct{} // receives when the other frames are ready
 }
 
 // taken is a block that has left the outbox.
@@ -47,12 +58,8 @@ type taken struct {
 // destination, and answers for a failure there. It is called once; when it
 // returns an error the outbox refuses everything.
 func (o *Outbox) Run(ctx context.Context, frames frameWriter, acks frameReader) error {
-	open := appendOpen(nil, o.size)
-	err := frames.Send(ctx, open)
+	err := o.sendFrame(ctx, frames, appendOpen(nil, o.size))
 	if err == nil {
-		o.mu.Lock()
-		o.stats.Wire += int64(len(open))
-		o.mu.Unlock()
 		err = o.run(ctx, frames, acks)
 	}
 	if err != nil {
@@ -62,18 +69,19 @@ func (o *Outbox) Run(ctx context.Context, frames frameWriter, acks frameReader) 
 }
 
 // run is the pipeline: the order of jobs is fixed when they are taken, and kept
-// by the writer while several encoders work.
+// by the two that send while several workers fingerprint and encode. Up to
+// maxOffers jobs wait for the destination's answer.
 func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) error {
-	encoders := min(runtime.GOMAXPROCS(0), maxEncoders)
-	depth := encoders + 2
-	free, ordered, work := make(chan *job, depth), make(chan *job, depth), make(chan *job, depth)
-	for range depth {
-		free <- &job{encoded: make(chan struct{}, 1)}
+	workers := min(runtime.GOMAXPROCS(0), maxEncoders)
+	const depth = maxOffers
+	free, order, ordered := make(chan *job, depth), make(chan *job, depth), make(chan *job, depth)
+	collect, encode, sent := make(chan *job, depth), make(chan *job, depth), make(chan struct{})
+	for i := range depth { // every channel has room for every job
+		free <- &job{id: uint32(i), collected: make(chan struct{}, 1), encoded: make(chan struct{}, 1)}
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		defer close(ordered)
-		defer close(work)
+		defer close(order)
 		for {
 			j, err := receive(ctx, free)
 			if err != nil {
@@ -83,26 +91,37 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 				return err
 			}
 			final := j.barrier.final // j is another's once it is sent
-			ordered <- j             // depth has room for every job
-			work <- j
+			order <- j
+			collect <- j
 			if final {
 				return nil
 			}
 		}
 	})
-	for range encoders {
-		g.Go(func() error {
-			for j := range work {
-				if err := o.collect(j); err != nil {
-					return err
-				}
-				j.encode()
-				j.encoded <- struct{}{}
-			}
-			return nil
-		})
+	for range workers {
+		g.Go(func() error { return o.work(ctx, collect, encode, sent) })
 	}
+	waiting := &waiting{jobs: map[uint32]*job{}}
 	g.Go(func() error {
+		defer close(ordered)
+		for j := range order {
+			if _, err := receive(ctx, j.collected); err != nil {
+				return err
+			}
+			ordered <- j
+			if !j.offered {
+				encode <- j
+				continue
+			}
+			waiting.add(j)
+			if err := o.sendFrame(ctx, frames, j.offerFrame); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	g.Go(func() error {
+		defer close(sent)
 		for j := range ordered {
 			if _, err := receive(ctx, j.encoded); err != nil {
 				return err
@@ -114,8 +133,69 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 		}
 		return nil
 	})
-	g.Go(func() error { return o.readAcks(ctx, acks) })
+	g.Go(func() error {
+		return o.readAcks(ctx, acks, func(a ack) error {
+			j, err := waiting.answered(a)
+			if err == nil {
+				encode <- j
+			}
+			return err
+		})
+	})
 	return g.Wait()
+}
+
+// work fingerprints and encodes jobs until all are sent.
+func (o *Outbox) work(ctx context.Context, collect, encode <-chan *job, sent <-chan struct{}) error {
+	for {
+		select {
+		case j := <-collect:
+			if err := o.collect(j); err != nil {
+				return err
+			}
+			if j.offered {
+				j.offerFrame = appendOffer(j.offerFrame[:0], j.id, j.extents, j.raw)
+			}
+			j.collected <- struct{}{}
+		case j := <-encode:
+			j.encode()
+			j.encoded <- struct{}{}
+		case <-sent:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// waiting are the jobs that were offered and not answered.
+type waiting struct {
+	mu   sync.Mutex
+	jobs map[uint32]*job
+}
+
+func (w *waiting) add(j *job) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.jobs[j.id] = j
+}
+
+// answered takes the job of an answer out.
+func (w *waiting) answered(a ack) (*job, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	j := w.jobs[uint32(a.id)]
+	if j == nil {
+		return nil, fmt.Errorf("%w: an answer to offer %d, which was not made", ErrFrame, a.id)
+	}
+	pages := 0
+	pagesOf(j.extents, func(_, _ int64) { pages++ })
+	if len(a.held) != (pages+7)/8 {
+		return nil, fmt.Errorf("%w: %d bytes of answer to an offer of %d pages", ErrFrame, len(a.held), pages)
+	}
+	delete(w.jobs, j.id)
+	j.held = append(j.held[:0], a.held...)
+	return j, nil
 }
 
 func receive[T any](ctx context.Context, ch <-chan T) (v T, err error) {
@@ -130,10 +210,17 @@ func receive[T any](ctx context.Context, ch <-chan T) (v T, err error) {
 // take fills j with the oldest of what waits, and waits for that.
 func (o *Outbox) take(ctx context.Context, j *job) error {
 	j.taken, j.zeros, j.content, j.barrier = j.taken[:0], j.zeros[:0], 0, span{}
+	j.offered, j.held = false, j.held[:0]
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for {
+		waits := o.stats.PendingMemory + o.stats.PendingSpool
 		for o.takeNext(j) {
+		}
+		for _, t := range j.taken { // what is sent again is hardly anywhere
+			if o.sent.set(t.idx, t.idx+1) > 0 && waits >= o.above && !o.sealed {
+				j.offered = true
+			}
 		}
 		if len(j.taken) > 0 || len(j.zeros) > 0 || j.barrier.barrier != 0 {
 			return nil
@@ -219,7 +306,7 @@ func (o *Outbox) collect(j *job) error {
 			} else if err := o.budget.read(t.b.slot, at, j.raw[start:]); err != nil {
 				return fmt.Errorf("%w: the disk's content is intact, but the move can't go on; check the file system of the spool", err)
 			}
-			j.extents = appendExtent(j.extents, extent{t.idx*blockSize + int64(at), int64(n)}, maxExtent)
+			j.extents = appendExtent(j.extents, extent{t.idx*blockSize + int64(at), int64(n)}, maxContent)
 			from = valid.nextSet(to, sectors)
 		}
 		if !t.b.torn {
@@ -230,16 +317,12 @@ func (o *Outbox) collect(j *job) error {
 	return nil
 }
 
-// encode makes j's frames.
+// encode makes the frames of what the destination does not hold of j.
 func (j *job) encode() {
 	j.dataFrame, j.zeroFrame = j.dataFrame[:0], j.zeroFrame[:0]
-	if len(j.extents) > 0 {
-		j.dataFrame = append(j.dataFrame, frameData)
-	}
-	raw := j.raw
-	for _, e := range j.extents {
-		j.dataFrame = appendData(j.dataFrame, e.offset, raw[:e.length])
-		raw = raw[e.length:]
+	content := j.reduce()
+	if len(j.missing) > 0 {
+		j.dataFrame = appendData(j.dataFrame, j.missing, content)
 	}
 	if len(j.zeros) > 0 {
 		j.zeroFrame = append(j.zeroFrame, frameZero)
@@ -249,37 +332,83 @@ func (j *job) encode() {
 	}
 }
 
+// reduce leaves what the destination does not hold in missing, and returns its
+// content, which it moves together in raw.
+func (j *job) reduce() []byte {
+	j.missing = j.missing[:0]
+	if !slices.ContainsFunc(j.held, func(b byte) bool { return b != 0 }) {
+		j.missing = append(j.missing, j.extents...)
+		return j.raw
+	}
+	n, bit, at := 0, 0, int64(0)
+	keep := func(e extent, from int64) {
+		if e.length > 0 {
+			j.missing = appendExtent(j.missing, e, maxContent)
+			n += copy(j.raw[n:], j.raw[from:from+e.length])
+		}
+	}
+	for _, e := range j.extents {
+		done := e.offset // what was kept or is held
+		pagesOf([]extent{e}, func(p, _ int64) {
+			if j.held[bit/8]&(1<<(bit%8)) != 0 {
+				keep(extent{done, p*page - done}, at+done-e.offset)
+				done = (p + 1) * page
+			}
+			bit++
+		})
+		keep(extent{done, e.end() - done}, at+done-e.offset)
+		at += e.length
+	}
+	return j.raw[:n]
+}
+
 // send writes j's frames.
 func (o *Outbox) send(ctx context.Context, frames frameWriter, j *job) error {
-	var zeros, wire int64
+	var zeros, content int64
 	for _, e := range j.zeros {
 		zeros += e.length
 	}
-	var barrier []byte
+	for _, e := range j.missing {
+		content += e.length
+	}
+	var barrier, apply []byte
 	if j.barrier.barrier != 0 {
 		barrier = appendBarrier(nil, j.barrier.barrier, j.barrier.final)
 	}
-	for _, frame := range [][]byte{j.dataFrame, j.zeroFrame, barrier} {
+	if j.offered {
+		apply = appendApply(nil, j.id)
+	}
+	for _, frame := range [][]byte{apply, j.dataFrame, j.zeroFrame, barrier} {
 		if len(frame) == 0 {
 			continue
 		}
-		if err := frames.Send(ctx, frame); err != nil {
-			return fmt.Errorf("send blocks: %w", err)
+		if err := o.sendFrame(ctx, frames, frame); err != nil {
+			return err
 		}
-		wire += int64(len(frame))
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.stats.InFlight -= j.content
-	o.stats.SentData += j.content
+	o.stats.SentData += content
+	o.stats.Held += j.content - content
 	o.stats.SentZero += zeros
-	o.stats.Wire += wire
+	return nil
+}
+
+// sendFrame sends and counts one frame.
+func (o *Outbox) sendFrame(ctx context.Context, frames frameWriter, frame []byte) error {
+	if err := frames.Send(ctx, frame); err != nil {
+		return fmt.Errorf("send blocks: %w", err)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.stats.Wire += int64(len(frame))
 	return nil
 }
 
 // readAcks follows what the destination reports until the final barrier is
 // durable.
-func (o *Outbox) readAcks(ctx context.Context, acks frameReader) error {
+func (o *Outbox) readAcks(ctx context.Context, acks frameReader, held func(ack) error) error {
 	var buf []byte
 	for {
 		var err error
@@ -295,6 +424,12 @@ func (o *Outbox) readAcks(ctx context.Context, acks frameReader) error {
 		}
 		if a.kind == ackFailure {
 			return fmt.Errorf("destination: %s", a.text)
+		}
+		if a.kind == ackHeld {
+			if err := held(a); err != nil {
+				return err
+			}
+			continue
 		}
 		final, err := o.acknowledge(a)
 		if err != nil || final {

@@ -27,10 +27,13 @@ const flushInterval = 500 * time.Millisecond
 // Target writes a disk at the destination.
 type Target struct {
 	dev     nbd.Device
-	known   bitmap // pages that read as zeros
+	have    *Content
+	place   compress.Place // of the disk's first page in have
+	known   bitmap         // pages that read as zeros
 	durable chan struct{}
+	beside  sync.WaitGroup
 
-	applied, written, zeroed, skipped atomic.Int64
+	applied, written, zeroed, skipped, held atomic.Int64
 }
 
 // TargetStats counts bytes of one disk at the destination.
@@ -40,13 +43,17 @@ type TargetStats struct {
 	Written int64 // written as content
 	Zeroed  int64 // asked of the device as zeros
 	Skipped int64 // zeros where the disk had zeros already
+	Held    int64 // of Written, what was here already
 }
 
-// NewTarget makes the receiver for a disk. When dev tells its block status,
-// zeros are not written where it has zeros, so that a thin disk stays thin.
-func NewTarget(dev nbd.Device) *Target {
+// NewTarget makes the receiver for a disk of a move, whose other disks have the
+// same content. When dev tells its block status, zeros are not written where it
+// has zeros, so that a thin disk stays thin.
+func NewTarget(dev nbd.Device, have *Content) *Target {
 	return &Target{
 		dev:     dev,
+		have:    have,
+		place:   have.add(dev),
 		known:   newBitmap((dev.Size() + page - 1) / page),
 		durable: make(chan struct{}),
 	}
@@ -63,6 +70,7 @@ func (t *Target) Stats() TargetStats {
 		Written: t.written.Load(),
 		Zeroed:  t.zeroed.Load(),
 		Skipped: t.skipped.Load(),
+		Held:    t.held.Load(),
 	}
 }
 
@@ -102,13 +110,12 @@ func (t *Target) run(ctx context.Context, frames frameReader, acks frameWriter) 
 	}
 
 	ctx, cancel := context.WithCancelCause(ctx)
-	var beside sync.WaitGroup
-	beside.Go(func() {
+	t.beside.Go(func() {
 		if err := t.report(ctx, acks); err != nil {
 			cancel(fmt.Errorf("report progress: %w", err))
 		}
 	})
-	beside.Go(func() {
+	t.beside.Go(func() {
 		if err := t.flushOften(ctx); err != nil {
 			cancel(fmt.Errorf("flush: %w", err))
 		}
@@ -121,7 +128,7 @@ func (t *Target) run(ctx context.Context, frames frameReader, acks frameWriter) 
 		err = context.Cause(ctx)
 	}
 	cancel(nil)
-	beside.Wait()
+	t.beside.Wait()
 	return err
 }
 
@@ -210,6 +217,8 @@ func whenGrown(ctx context.Context, interval time.Duration, count func() int64, 
 
 // receive takes frames until the final barrier.
 func (t *Target) receive(ctx context.Context, frames frameReader, acks frameWriter, w *writers, buf []byte) error {
+	offers := &offers{t: t, open: map[uint32]*offer{}}
+	var d data
 	for {
 		var err error
 		if buf, err = frames.Recv(ctx, buf); err != nil {
@@ -224,7 +233,11 @@ func (t *Target) receive(ctx context.Context, frames frameReader, acks frameWrit
 		body := buf[1:]
 		switch buf[0] {
 		case frameData:
-			err = t.data(w, body)
+			err = t.data(w, &d, body)
+		case frameOffer:
+			err = offers.take(ctx, acks, body)
+		case frameApply:
+			err = offers.apply(w, body)
 		case frameZero:
 			err = t.zero(w, body)
 		case frameBarrier:
@@ -262,34 +275,45 @@ func (t *Target) barrier(ctx context.Context, w *writers, acks frameWriter, id u
 	return nil
 }
 
+// data is what a data frame is decoded to.
+type data struct {
+	extents []extent
+	content []byte
+}
+
 // data applies a data frame.
-func (t *Target) data(w *writers, body []byte) error {
-	for len(body) > 0 {
-		e, rest, err := nextData(body, t.dev.Size())
-		if err != nil {
-			return err
-		}
-		body = rest
-		where := extent{e.offset, int64(e.size)}
-		buf := w.begin(where)
-		if *buf, err = compress.Decode((*buf)[:0], e.method, e.payload, e.size); err != nil {
-			w.end(where, buf, nil)
-			return fmt.Errorf("%d bytes at %d: %w", e.size, e.offset, err)
-		}
-		pieces := t.pieces(where, *buf)
-		w.run(where, buf, func() error {
-			for _, p := range pieces {
-				content := (*buf)[p.offset-where.offset : p.end()-where.offset]
-				if err := t.dev.WriteAt(w.ctx, content, p.offset, false); err != nil {
-					return err // names the disk, the request and where
-				}
-				t.written.Add(p.length)
-				t.applied.Add(p.length)
-			}
-			return nil
-		})
+func (t *Target) data(w *writers, d *data, body []byte) error {
+	list, n, method, payload, err := parseData(d.extents[:0], body, t.dev.Size())
+	if err != nil {
+		return err
+	}
+	d.extents = list
+	if d.content, err = compress.Decode(d.content[:0], method, payload, int(n)); err != nil {
+		return fmt.Errorf("%w: %d bytes at %d: %w", ErrFrame, n, list[0].offset, err)
+	}
+	content := d.content
+	for _, e := range list {
+		t.write(w, e, content[:e.length])
+		content = content[e.length:]
 	}
 	return nil
+}
+
+// write writes content to an extent, but for zeros where the disk has zeros.
+func (t *Target) write(w *writers, where extent, content []byte) {
+	buf := w.begin(where)
+	*buf = append((*buf)[:0], content...)
+	pieces := t.pieces(where, *buf)
+	w.run(where, buf, func() error {
+		for _, p := range pieces {
+			if err := t.dev.WriteAt(w.ctx, (*buf)[p.offset-where.offset:p.end()-where.offset], p.offset, false); err != nil {
+				return err // names the disk, the request and where
+			}
+			t.written.Add(p.length)
+			t.applied.Add(p.length)
+		}
+		return nil
+	})
 }
 
 // pieces returns what of content must be written: all but pages of zeros where
@@ -303,7 +327,7 @@ func (t *Target) pieces(where extent, content []byte) []extent {
 			t.applied.Add(end - off)
 		} else {
 			t.known.clear(off/page, off/page+1)
-			list = appendExtent(list, extent{off, end - off}, maxExtent)
+			list = appendExtent(list, extent{off, end - off}, maxContent)
 		}
 		off = end
 	}

@@ -12,26 +12,31 @@ import (
 )
 
 // version of the protocol in doc.go.
-const version = 1
+const version = 2
 
 const (
 	frameOpen    = 1 // version u8, size u64
-	frameData    = 2 // {offset u64, size u32, method u8, length u32, payload}...
+	frameData    = 2 // count u16, {offset u64, size u32}..., method u8, payload
 	frameZero    = 3 // {offset u64, length u64}...
 	frameBarrier = 4 // id u64, final u8
+	frameOffer   = 5 // id u32, count u16, {offset u64, size u32}..., fingerprints
+	frameApply   = 6 // id u32
 )
 
 const (
 	ackDurable  = 1 // id u64, applied u64
 	ackProgress = 2 // applied u64
 	ackFailure  = 3 // text
+	ackHeld     = 4 // id u32, bitmap
 )
 
 const (
 	maxFrame    = 4 << 20
-	maxExtent   = 1 << 20 // bytes of one data extent, decoded
+	maxContent  = 1 << 20 // bytes of the extents of one data or offer frame, decoded
+	maxPages    = maxContent / page
+	maxOffers   = 32 // that the destination has not been told to apply
 	maxFailure  = 1 << 10
-	dataHeader  = 8 + 4 + 1 + 4
+	dataExtent  = 8 + 4
 	zeroExtent  = 8 + 8
 	barrierSize = 8 + 1
 )
@@ -70,51 +75,118 @@ func parseOpen(frame []byte) (uint64, error) {
 	return binary.BigEndian.Uint64(frame[2:]), nil
 }
 
-// appendData appends one extent to a data frame.
-func appendData(dst []byte, offset int64, content []byte) []byte {
-	dst = binary.BigEndian.AppendUint64(dst, uint64(offset))
-	dst = binary.BigEndian.AppendUint32(dst, uint32(len(content)))
-	method := len(dst)
-	dst = append(dst, 0, 0, 0, 0, 0)
-	payload := len(dst)
-	dst, m := compress.Encode(dst, content)
-	dst[method] = byte(m)
-	binary.BigEndian.PutUint32(dst[method+1:], uint32(len(dst)-payload))
+// appendExtents appends the list of a data or offer frame.
+func appendExtents(dst []byte, list []extent) []byte {
+	dst = binary.BigEndian.AppendUint16(dst, uint16(len(list)))
+	for _, e := range list {
+		dst = binary.BigEndian.AppendUint64(dst, uint64(e.offset))
+		dst = binary.BigEndian.AppendUint32(dst, uint32(e.length))
+	}
 	return dst
 }
 
-// dataExtent is content as it travels.
-type dataExtent struct {
-	offset  int64
-	size    int
-	method  compress.Method
-	payload []byte
+// parseExtents splits the list off the body of a data or offer frame for a disk
+// of the given size, and appends it to list. n is the sum of the lengths.
+func parseExtents(list []extent, body []byte, disk int64) (_ []extent, n int64, rest []byte, err error) {
+	if len(body) < 2 {
+		return list, 0, nil, fmt.Errorf("%w: %d bytes of a list of extents", ErrFrame, len(body))
+	}
+	count := int(binary.BigEndian.Uint16(body))
+	body = body[2:]
+	if count == 0 || count > len(body)/dataExtent {
+		return list, 0, nil, fmt.Errorf("%w: %d extents in %d bytes", ErrFrame, count, len(body))
+	}
+	for range count {
+		offset, size := binary.BigEndian.Uint64(body), binary.BigEndian.Uint32(body[8:])
+		body = body[dataExtent:]
+		if n += int64(size); size == 0 || n > maxContent {
+			return list, 0, nil, fmt.Errorf("%w: extent of %d bytes, %d with those before it", ErrFrame, size, n)
+		}
+		if err := within(offset, uint64(size), disk); err != nil {
+			return list, 0, nil, err
+		}
+		list = append(list, extent{int64(offset), int64(size)})
+	}
+	return list, n, body, nil
 }
 
-// nextData splits the first extent off the body of a data frame for a disk of
-// the given size.
-func nextData(body []byte, disk int64) (e dataExtent, rest []byte, err error) {
-	if len(body) < dataHeader {
-		return e, nil, fmt.Errorf("%w: %d bytes of a data extent", ErrFrame, len(body))
+// appendData appends a data frame; content is that of the extents, one after the
+// other. They are compressed together.
+func appendData(dst []byte, list []extent, content []byte) []byte {
+	dst = appendExtents(append(dst, frameData), list)
+	method := len(dst)
+	dst, m := compress.Encode(append(dst, 0), content)
+	dst[method] = byte(m)
+	return dst
+}
+
+// parseData reads the body of a data frame. n is the size of its content.
+func parseData(list []extent, body []byte, disk int64) (_ []extent, n int64, m compress.Method, payload []byte, err error) {
+	list, n, body, err = parseExtents(list, body, disk)
+	if err == nil && len(body) < 1 {
+		err = fmt.Errorf("%w: data without content", ErrFrame)
 	}
-	offset, size := binary.BigEndian.Uint64(body), binary.BigEndian.Uint32(body[8:])
-	if size == 0 || size > maxExtent {
-		return e, nil, fmt.Errorf("%w: data extent of %d bytes", ErrFrame, size)
+	if err != nil {
+		return list, 0, 0, nil, err
 	}
-	if err := within(offset, uint64(size), disk); err != nil {
-		return e, nil, err
+	return list, n, compress.Method(body[0]), body[1:], nil
+}
+
+// pagesOf calls f with each whole page of the extents: where it is on the disk,
+// and in the extents' content.
+func pagesOf(list []extent, f func(page, at int64)) {
+	at := int64(0)
+	for _, e := range list {
+		for p := (e.offset + page - 1) / page; (p+1)*page <= e.end(); p++ {
+			f(p, at+p*page-e.offset)
+		}
+		at += e.length
 	}
-	length := binary.BigEndian.Uint32(body[13:])
-	if uint64(length) > uint64(len(body)-dataHeader) {
-		return e, nil, fmt.Errorf("%w: payload of %d bytes where %d are left", ErrFrame, length, len(body)-dataHeader)
+}
+
+// appendOffer appends an offer frame of content.
+func appendOffer(dst []byte, id uint32, list []extent, content []byte) []byte {
+	dst = binary.BigEndian.AppendUint32(append(dst, frameOffer), id)
+	dst = appendExtents(dst, list)
+	pagesOf(list, func(_, at int64) {
+		sum := compress.Sum(content[at : at+page])
+		dst = append(dst, sum[:]...)
+	})
+	return dst
+}
+
+// parseOffer reads the body of an offer frame.
+func parseOffer(body []byte, disk int64) (id uint32, list []extent, n int64, sums []compress.Fingerprint, err error) {
+	if len(body) < 4 {
+		return 0, nil, 0, nil, fmt.Errorf("%w: offer of %d bytes", ErrFrame, len(body))
 	}
-	end := dataHeader + int(length)
-	return dataExtent{
-		offset:  int64(offset),
-		size:    int(size),
-		method:  compress.Method(body[12]),
-		payload: body[dataHeader:end],
-	}, body[end:], nil
+	id = binary.BigEndian.Uint32(body)
+	list, n, body, err = parseExtents(nil, body[4:], disk)
+	if err != nil {
+		return 0, nil, 0, nil, err
+	}
+	pages := 0
+	pagesOf(list, func(_, _ int64) { pages++ })
+	const size = len(compress.Fingerprint{})
+	if len(body) != pages*size {
+		return 0, nil, 0, nil, fmt.Errorf("%w: %d bytes of fingerprints of %d pages", ErrFrame, len(body), pages)
+	}
+	sums = make([]compress.Fingerprint, pages)
+	for i := range sums {
+		copy(sums[i][:], body[i*size:])
+	}
+	return id, list, n, sums, nil
+}
+
+func appendApply(dst []byte, id uint32) []byte {
+	return binary.BigEndian.AppendUint32(append(dst, frameApply), id)
+}
+
+func parseApply(body []byte) (uint32, error) {
+	if len(body) != 4 {
+		return 0, fmt.Errorf("%w: apply of %d bytes", ErrFrame, len(body))
+	}
+	return binary.BigEndian.Uint32(body), nil
 }
 
 func appendZero(dst []byte, e extent) []byte {
@@ -171,6 +243,20 @@ func appendProgress(dst []byte, applied uint64) []byte {
 	return binary.BigEndian.AppendUint64(append(dst, ackProgress), applied)
 }
 
+// appendHeld appends the answer to an offer: a bit for each of its whole pages,
+// the first the lowest of the first byte.
+func appendHeld(dst []byte, id uint32, held []bool) []byte {
+	dst = binary.BigEndian.AppendUint32(append(dst, ackHeld), id)
+	start := len(dst)
+	dst = append(dst, make([]byte, (len(held)+7)/8)...)
+	for i, h := range held {
+		if h {
+			dst[start+i/8] |= 1 << (i % 8)
+		}
+	}
+	return dst
+}
+
 func appendFailure(dst []byte, text string) []byte {
 	text = strings.ToValidUTF8(text, "?")
 	if len(text) > maxFailure {
@@ -184,6 +270,7 @@ type ack struct {
 	kind    byte
 	id      uint64
 	applied uint64
+	held    []byte
 	text    string
 }
 
@@ -197,6 +284,8 @@ func parseAck(frame []byte) (ack, error) {
 		a.id, a.applied = binary.BigEndian.Uint64(body), binary.BigEndian.Uint64(body[8:])
 	case a.kind == ackProgress && len(body) == 8:
 		a.applied = binary.BigEndian.Uint64(body)
+	case a.kind == ackHeld && len(body) >= 4 && len(body) <= 4+maxPages/8:
+		a.id, a.held = uint64(binary.BigEndian.Uint32(body)), body[4:]
 	case a.kind == ackFailure && len(body) <= maxFailure:
 		a.text = printable(string(body))
 	default:

@@ -9,6 +9,7 @@ import (
 	"io"
 	"math"
 	"strings"
+	"sync"
 	"testing"
 	"unicode/utf8"
 )
@@ -17,14 +18,16 @@ const testDisk = 4 << 20
 
 // script is one valid transfer to a disk of testDisk bytes.
 func script() [][]byte {
-	data := appendData([]byte{frameData}, blockSize, fill(blockSize, 5))
-	data = appendData(data, testDisk-512, fill(512, 6))
+	list := []extent{{blockSize, blockSize}, {testDisk - 512, 512}}
+	data := append(fill(blockSize, 5), fill(512, 6)...)
 	return [][]byte{
 		appendOpen(nil, testDisk),
-		data,
+		appendData(nil, list, data),
 		appendZero(appendZero([]byte{frameZero}, extent{0, 1 << 20}), extent{2 << 20, 2 << 20}),
 		appendBarrier(nil, 1, false),
-		appendData([]byte{frameData}, 0, fill(maxExtent, 7)),
+		appendData(nil, []extent{{0, maxContent}}, fill(maxContent, 7)),
+		appendOffer(nil, 3, []extent{{2 << 20, 2 * page}}, append(fill(page, 7), fill(page, 8)...)),
+		appendApply(nil, 3),
 		appendBarrier(nil, 2, true),
 	}
 }
@@ -42,33 +45,39 @@ func (p *playback) Recv(ctx context.Context, buf []byte) ([]byte, error) {
 }
 
 // record keeps what it is sent.
-type record [][]byte
+type record struct {
+	mu     sync.Mutex
+	frames [][]byte
+}
 
 func (r *record) Send(ctx context.Context, frame []byte) error {
-	*r = append(*r, bytes.Clone(frame))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.frames = append(r.frames, bytes.Clone(frame))
 	return nil
 }
 
-func apply(d *disk, frames [][]byte) (record, error) {
+func apply(tb testing.TB, d *disk, frames [][]byte) ([][]byte, error) {
 	var acks record
 	p := playback(frames)
-	err := NewTarget(d).Run(context.Background(), &p, &acks)
-	return acks, err
+	err := NewTarget(d, newContent(tb, d.Size())).Run(context.Background(), &p, &acks)
+	return acks.frames, err
 }
 
 func TestScript(t *testing.T) {
 	d := newDisk(testDisk)
-	acks, err := apply(d, script())
+	acks, err := apply(t, d, script())
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := make([]byte, testDisk)
-	copy(want, fill(maxExtent, 7))
+	copy(want, fill(maxContent, 7))
 	if !bytes.Equal(d.content, want) {
 		t.Error("content differs")
 	}
 	const applied1 = blockSize + 512 + 3<<20
-	if len(acks) != 2 || !bytes.Equal(acks[0], appendDurable(nil, 1, applied1)) || !bytes.Equal(acks[1], appendDurable(nil, 2, applied1+maxExtent)) {
+	if len(acks) != 3 || !bytes.Equal(acks[0], appendDurable(nil, 1, applied1)) || !bytes.Equal(acks[1], appendHeld(nil, 3, []bool{false, false})) ||
+		!bytes.Equal(acks[2], appendDurable(nil, 2, applied1+maxContent)) {
 		t.Errorf("acks % x", acks)
 	}
 	if d.flushes != 2 {
@@ -82,8 +91,11 @@ func TestWireFormat(t *testing.T) {
 		name, want string
 		frame      []byte
 	}{
-		{"open", "01 01 0000000000400000", appendOpen(nil, testDisk)},
-		{"data", "02 0000000000010000 00000003 00 00000003 616263", appendData([]byte{frameData}, blockSize, []byte("abc"))},
+		{"open", "01 02 0000000000400000", appendOpen(nil, testDisk)},
+		{"data", "02 0001 0000000000010000 00000003 00 616263", appendData(nil, []extent{{blockSize, 3}}, []byte("abc"))},
+		{"offer", "05 00000009 0001 0000000000001000 00001001 ad7facb2586fc6e966c004d7d1d16b02", appendOffer(nil, 9, []extent{{page, page + 1}}, make([]byte, page+1))},
+		{"apply", "06 00000009", appendApply(nil, 9)},
+		{"held", "04 00000009 0201", appendHeld(nil, 9, []bool{false, true, false, false, false, false, false, false, true})},
 		{"zero", "03 0000000000000200 0000000000000400", appendZero([]byte{frameZero}, extent{512, 1024})},
 		{"barrier", "04 0000000000000007 00", appendBarrier(nil, 7, false)},
 		{"final barrier", "04 0000000000000008 01", appendBarrier(nil, 8, true)},
@@ -100,14 +112,12 @@ func TestWireFormat(t *testing.T) {
 func TestEveryPrefixFails(t *testing.T) {
 	frames := script()
 	for i, frame := range frames {
-		// A data or zero frame may end after any of its extents.
+		// A zero frame may end after any of its extents.
 		whole := map[int]bool{}
 		for body := frame[1:]; i > 0 && len(body) > 0; {
 			whole[len(frame)-len(body)] = len(body) < len(frame)-1
 			var err error
 			switch frame[0] {
-			case frameData:
-				_, body, err = nextData(body, testDisk)
 			case frameZero:
 				_, body, err = nextZero(body, testDisk)
 			default:
@@ -123,7 +133,7 @@ func TestEveryPrefixFails(t *testing.T) {
 				continue
 			}
 			cut := append(append([][]byte{}, frames[:i]...), frame[:n])
-			acks, err := apply(newDisk(testDisk), cut)
+			acks, err := apply(t, newDisk(testDisk), cut)
 			if !errors.Is(err, ErrFrame) {
 				t.Fatalf("frame %d cut to %d bytes: %v", i, n, err)
 			}
@@ -132,18 +142,22 @@ func TestEveryPrefixFails(t *testing.T) {
 			}
 		}
 		// Nor does the transfer end early.
-		if _, err := apply(newDisk(testDisk), frames[:i]); !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		if _, err := apply(t, newDisk(testDisk), frames[:i]); !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
 			t.Fatalf("%d frames only: %v", i, err)
 		}
 	}
 }
 
 func TestHostileFrames(t *testing.T) {
-	extentAt := func(off uint64, size uint32, method byte, length uint32, payload string) []byte {
-		f := binary.BigEndian.AppendUint64([]byte{frameData}, off)
+	extentAt := func(off uint64, size uint32, method byte, payload string) []byte {
+		f := binary.BigEndian.AppendUint64([]byte{frameData, 0, 1}, off)
 		f = binary.BigEndian.AppendUint32(f, size)
-		f = binary.BigEndian.AppendUint32(append(f, method), length)
-		return append(f, payload...)
+		return append(append(f, method), payload...)
+	}
+	offerAt := func(off uint64, size uint32, sums int) []byte {
+		f := binary.BigEndian.AppendUint64([]byte{frameOffer, 0, 0, 0, 1, 0, 1}, off)
+		f = binary.BigEndian.AppendUint32(f, size)
+		return append(f, make([]byte, 16*sums)...)
 	}
 	zeroAt := func(off, length uint64) []byte {
 		return binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64([]byte{frameZero}, off), length)
@@ -154,15 +168,22 @@ func TestHostileFrames(t *testing.T) {
 		"second open":         appendOpen(nil, testDisk),
 		"no extents":          {frameData},
 		"no zeros":            {frameZero},
-		"beyond the end":      extentAt(testDisk-2, 3, 0, 3, "abc"),
-		"offset overflows":    extentAt(math.MaxUint64-1, 3, 0, 3, "abc"),
-		"negative offset":     extentAt(1<<63, 3, 0, 3, "abc"),
-		"empty extent":        extentAt(0, 0, 0, 0, ""),
-		"too large":           extentAt(0, maxExtent+1, 0, 3, "abc"),
-		"size is not content": extentAt(0, 4, 0, 3, "abc"),
-		"length overflows":    extentAt(0, 3, 0, math.MaxUint32, "abc"),
-		"unknown method":      extentAt(0, 3, 77, 3, "abc"),
-		"not zstd":            extentAt(0, 16, 1, 16, "0123456789abcdef"),
+		"beyond the end":      extentAt(testDisk-2, 3, 0, "abc"),
+		"offset overflows":    extentAt(math.MaxUint64-1, 3, 0, "abc"),
+		"negative offset":     extentAt(1<<63, 3, 0, "abc"),
+		"empty extent":        extentAt(0, 0, 0, ""),
+		"too large":           extentAt(0, maxContent+1, 0, "abc"),
+		"size is not content": extentAt(0, 4, 0, "abc"),
+		"too much together":   append([]byte{frameData, 0, 2}, bytes.Repeat([]byte{0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 1}, 3)...),
+		"more than there is":  append([]byte{frameData, 255, 255}, make([]byte, 100)...),
+		"offer beyond":        offerAt(testDisk-page, 2*page, 2),
+		"offer too large":     offerAt(0, maxContent+page, 257),
+		"sums missing":        offerAt(0, 2*page, 1),
+		"sums too many":       offerAt(0, 2*page, 3),
+		"offer of nothing":    {frameOffer, 0, 0, 0, 1, 0, 0},
+		"not offered":         appendApply(nil, 1),
+		"unknown method":      extentAt(0, 3, 77, "abc"),
+		"not zstd":            extentAt(0, 16, 1, "0123456789abcdef"),
 		"zeros beyond":        zeroAt(testDisk-1, 2),
 		"zeros overflow":      zeroAt(512, math.MaxUint64),
 		"zeros negative":      zeroAt(1<<63, 1<<63),
@@ -171,7 +192,7 @@ func TestHostileFrames(t *testing.T) {
 		"huge":                make([]byte, maxFrame+1),
 	} {
 		d := newDisk(testDisk)
-		if _, err := apply(d, [][]byte{appendOpen(nil, testDisk), frame}); err == nil || errors.Is(err, io.ErrUnexpectedEOF) {
+		if _, err := apply(t, d, [][]byte{appendOpen(nil, testDisk), frame}); err == nil || errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("%s: %v", name, err)
 		}
 		if d.writes > 0 {
@@ -184,7 +205,7 @@ func TestHostileFrames(t *testing.T) {
 		"trailing byte": append(appendOpen(nil, testDisk), 0),
 		"not open":      appendBarrier(nil, 1, true),
 	} {
-		if _, err := apply(newDisk(testDisk), [][]byte{frame}); !errors.Is(err, ErrFrame) {
+		if _, err := apply(t, newDisk(testDisk), [][]byte{frame}); !errors.Is(err, ErrFrame) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -199,6 +220,8 @@ func TestHostileAcks(t *testing.T) {
 		"text too long":     {append([]byte{ackFailure}, make([]byte, maxFailure+1)...)},
 		"barrier not asked": {appendDurable(nil, 2, 0)},
 		"barrier 0":         {appendDurable(nil, 0, 0)},
+		"not offered":       {appendHeld(nil, 0, []bool{true})},
+		"long answer":       {append(appendHeld(nil, 0, nil), make([]byte, maxPages/8+1)...)},
 	} {
 		o := newOutbox(t, testDisk, newBudget(t, 1<<20, 0))
 		o.Strict(true)
@@ -244,6 +267,8 @@ func FuzzTarget(f *testing.F) {
 	}
 	f.Add(pack(script()[1:]))
 	f.Add(pack(script()[3:]))
+	same := appendOffer(nil, 1, []extent{{page, 2 * page}}, fill(2*page, 3))
+	f.Add(pack([][]byte{same, appendApply(nil, 1), appendData(nil, []extent{{page, 2 * page}}, fill(2*page, 3)), same, appendApply(nil, 1), appendBarrier(nil, 1, true)}))
 	f.Add(pack([][]byte{appendZero([]byte{frameZero}, extent{0, testDisk}), appendBarrier(nil, 1, true)}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		frames := [][]byte{appendOpen(nil, testDisk)}
@@ -253,7 +278,7 @@ func FuzzTarget(f *testing.F) {
 			b = b[2+n:]
 		}
 		d := newDisk(testDisk)
-		acks, err := apply(d, frames)
+		acks, err := apply(t, d, frames)
 		if len(acks) == 0 {
 			t.Fatal("neither confirmed nor refused")
 		}
@@ -265,7 +290,7 @@ func FuzzTarget(f *testing.F) {
 }
 
 func FuzzAck(f *testing.F) {
-	for _, b := range [][]byte{appendDurable(nil, 1, 2), appendProgress(nil, 3), appendFailure(nil, "no space"), {}} {
+	for _, b := range [][]byte{appendDurable(nil, 1, 2), appendProgress(nil, 3), appendFailure(nil, "no space"), appendHeld(nil, 5, []bool{true, false}), {}} {
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -279,6 +304,8 @@ func FuzzAck(f *testing.F) {
 			again = appendDurable(nil, a.id, a.applied)
 		case ackProgress:
 			again = appendProgress(nil, a.applied)
+		case ackHeld:
+			again = append(binary.BigEndian.AppendUint32([]byte{ackHeld}, uint32(a.id)), a.held...)
 		case ackFailure:
 			if again = appendFailure(nil, a.text); a.text != string(b[1:]) {
 				return // not printable

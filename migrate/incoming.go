@@ -37,9 +37,10 @@ type incoming struct {
 	events           chan inEvent
 
 	work    sync.WaitGroup
-	disks   atomic.Int32  // that are not durable yet
-	durable chan struct{} // closed when every disk is
-	ran     atomic.Bool   // libvirt said that the guest was resumed here
+	have    *blocksync.Content // of what the destination holds
+	disks   atomic.Int32       // that are not durable yet
+	durable chan struct{}      // closed when every disk is
+	ran     atomic.Bool        // libvirt said that the guest was resumed here
 
 	offeredAt, durableAt, loadedAt time.Time
 	cookie                         []byte
@@ -97,6 +98,11 @@ func (in *incoming) run(ctx context.Context) {
 	}
 	stopParts()
 	in.drainEvents()
+	if in.have != nil {
+		if err := in.have.Close(); err != nil {
+			in.log.Warn("memory of the content index not given back", "error", err)
+		}
+	}
 	// Until now serveRedirect may have made something.
 	in.Redirects.Decide(in.ask.Move, in.entry.State == handoff.Running)
 	if in.unwatch != nil {
@@ -225,7 +231,9 @@ func (in *incoming) prepare(ctx context.Context) error {
 // is made, and never what stood there before: that is not ours to remove.
 func (in *incoming) createDisks(ctx context.Context) error {
 	var paths []string
+	var size int64
 	for _, d := range in.ask.Disks {
+		size += min(d.Allocated, d.Size)
 		if d.Block {
 			continue
 		}
@@ -234,7 +242,12 @@ func (in *incoming) createDisks(ctx context.Context) error {
 		}
 		paths = append(paths, d.Path)
 	}
-	in.entry.Created = paths
+	const most = 4 << 40 // beyond it the index of content forgets
+	have, err := blocksync.NewContent(min(size, most))
+	if err != nil {
+		return err
+	}
+	in.have, in.entry.Created = have, paths
 	if err := in.Journal.Put(in.entry); err != nil {
 		in.entry.Created = nil
 		return err
@@ -383,7 +396,7 @@ func (in *incoming) receiveDisk(ctx context.Context, d wireDisk, ch *tunnel.Chan
 		return err
 	}
 	defer closeDev()
-	if err := blocksync.NewTarget(dev).Run(ctx, ch, ch); err != nil {
+	if err := blocksync.NewTarget(dev, in.have).Run(ctx, ch, ch); err != nil {
 		return err
 	}
 	if in.disks.Add(-1) == 0 {

@@ -74,6 +74,7 @@ type Disk struct {
 	Spooled int64  `json:"spooled"` // the part of pending that lies in the spool file
 	Done    int64  `json:"done"`    // written at the destination, holes included
 	Sent    int64  `json:"sent"`    // content sent, before reduction, without holes
+	Held    int64  `json:"held"`    // of Sent, what the destination had already
 	Wire    int64  `json:"wire"`    // sent, after reduction
 	Rate    int64  `json:"rate"`    // done per second
 	Problem string `json:"problem,omitempty"`
