@@ -66,6 +66,18 @@ func stageFiles(ctx context.Context, dir string, budget int64, sources []string)
 		return err
 	}
 	defer manifest.Close()
+	err = listFiles(ctx, manifest, budget, sources, func(path, relative string) (int64, uint32, error) {
+		return stageFile(path, filepath.Join(dir, relative))
+	})
+	if err != nil {
+		return err
+	}
+	return manifest.Close()
+}
+
+// listFiles writes a manifest of regular files until they are budget bytes. read reads each, by its path and by the one that
+// the manifest has, which begins with the last element of its source.
+func listFiles(ctx context.Context, manifest io.Writer, budget int64, sources []string, read func(path, relative string) (size int64, crc uint32, err error)) error {
 	files := 0
 	for _, source := range sources {
 		err := filepath.WalkDir(source, func(path string, d fs.DirEntry, err error) error {
@@ -86,7 +98,7 @@ func stageFiles(ctx context.Context, dir string, budget int64, sources []string)
 			if err != nil {
 				return err
 			}
-			size, crc, err := stageFile(path, filepath.Join(dir, relative))
+			size, crc, err := read(path, relative)
 			if err != nil {
 				return err
 			}
@@ -99,17 +111,12 @@ func stageFiles(ctx context.Context, dir string, budget int64, sources []string)
 			return err
 		}
 	}
-	return manifest.Close()
+	return nil
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func stageFile(from, to string) (size int64, crc uint32, err error) {
-	in, err := os.Open(from)
-	if err != nil {
-		return 0, 0, err
-	}
-	defer in.Close()
 	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 		return 0, 0, err
 	}
@@ -118,10 +125,20 @@ func stageFile(from, to string) (size int64, crc uint32, err error) {
 		return 0, 0, err
 	}
 	defer out.Close()
-	sum := crc32.New(castagnoli)
-	size, err = io.Copy(io.MultiWriter(out, sum), in)
+	if size, crc, err = checksumFile(from, out); err != nil {
+		return 0, 0, err
+	}
+	return size, crc, out.Close()
+}
+
+// checksumFile reads a file, and writes what it reads to others.
+func checksumFile(path string, to ...io.Writer) (size int64, crc uint32, err error) {
+	in, err := os.Open(path)
 	if err != nil {
 		return 0, 0, err
 	}
-	return size, sum.Sum32(), out.Close()
+	defer in.Close()
+	sum := crc32.New(castagnoli)
+	size, err = io.Copy(io.MultiWriter(append(to, sum)...), in)
+	return size, sum.Sum32(), err
 }

@@ -82,13 +82,18 @@ func (d DiskOptions) validate() error {
 const imageDir = "/var/lib/libvirt/images"
 
 // makeDisk makes disk n of a VM and returns its path inside the site, and the paths of all files made.
-func (s *Site) makeDisk(ctx context.Context, im *Images, tree, vm string, n int, d DiskOptions) (path string, made []string, err error) {
+func (s *Site) makeDisk(ctx context.Context, im *Images, boot image, vm string, n int, d DiskOptions) (path string, made []string, err error) {
 	if d.Device != "" {
 		if d.Size, err = emptyDevice(d.Device); err != nil {
 			return "", nil, err
 		}
 	}
-	content, err := im.filesystem(ctx, d.Size, n == 0, tree)
+	content := boot.system
+	if n > 0 || content == "" {
+		content, err = im.filesystem(ctx, d.Size, n == 0, boot.tree)
+	} else if d.Size < debianDisk {
+		err = fmt.Errorf("%s has %d bytes, fewer than the %d of the system", d.Device, d.Size, int64(debianDisk))
+	}
 	if err != nil {
 		return "", nil, err
 	}

@@ -74,6 +74,7 @@ var (
 type image struct {
 	kernel, initrd string
 	tree           string // of the kernel's package
+	system         string // content of the first disk, or empty for files to verify
 }
 
 // lock keeps others from changing the cache until the function it returns is called, and removes what a process that died
@@ -135,11 +136,16 @@ func (im *Images) boot(ctx context.Context, f flavour, programs ...software) (im
 	if err != nil {
 		return image{}, err
 	}
+	return im.bootTree(ctx, tree, f.modules, programs)
+}
+
+// bootTree returns the kernel of a tree and an initrd with modules from there. The cache must be locked.
+func (im *Images) bootTree(ctx context.Context, tree string, modules []string, programs []software) (image, error) {
 	busybox, err := im.unpacked(ctx, "busybox-static")
 	if err != nil {
 		return image{}, err
 	}
-	modules := slices.Clone(f.modules)
+	modules = slices.Clone(modules)
 	var files []initrdFile
 	for _, p := range programs {
 		modules = append(modules, p.modules...)

@@ -40,6 +40,12 @@ func RunChild() {
 	case os.Args[0] == siteInitName && len(os.Args) == 3:
 		ready := inherited(3)
 		err = report(ready, runSiteInit(os.Args[1], os.Args[2], ready))
+	case os.Args[0] == debianBuilderName && len(os.Args) == 2:
+		if err := installDebian(os.Args[1]); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
 	default:
 		return
 	}

@@ -25,14 +25,17 @@ var ErrNoVM = errors.New("no such VM")
 
 // VMOptions describe a VM to be made. The zero value of a field other than Name is a default.
 type VMOptions struct {
-	Name       string
-	Site       string        // LocalDC by default
-	Memory     int64         // bytes, 512 MiB by default
+	Name string
+	Site string // LocalDC by default
+	// Image is empty for a guest that is nothing but the lab's program, or Debian or DebianSecond for one with a system: it
+	// has nginx at port 8080 and PostgreSQL at 5432 beside that program. Its first disk, of 3 GiB, holds the system.
+	Image      string
+	Memory     int64         // bytes, 512 MiB by default, 1 GiB with Debian
 	VCPUs      int           // 1 by default
-	Disks      []DiskOptions // one raw disk of 1 GiB by default
+	Disks      []DiskOptions // one raw disk of 1 GiB by default, 3 GiB with Debian
 	Dirty      int64         // bytes of memory dirtied per second
 	Write      int64         // bytes written per second, to each disk
-	WorkingSet int64         // bytes of memory in use, 64 MiB by default
+	WorkingSet int64         // bytes of memory in use by the lab's program, 64 MiB by default, 8 MiB with Debian
 	Transient  bool
 	Accel      string // auto, kvm or tcg; auto is kvm where a guest boots with it
 	UEFI       bool
@@ -43,6 +46,8 @@ type VMOptions struct {
 
 	Cache string // directory of Images
 	Guest string // the program wanlab-guest
+
+	Progress func(line string) // told of what takes long; nil for nobody
 }
 
 // complete sets the defaults of a lab with these data centres.
@@ -50,20 +55,24 @@ func (o *VMOptions) complete(dataCentres []string) error {
 	if o.Site == "" {
 		o.Site = LocalDC
 	}
+	memory, workingSet, disk := int64(512<<20), int64(64<<20), int64(defaultDisk)
+	if o.Image != "" {
+		memory, workingSet, disk = debianMemory, debianWorkingSet, debianDisk
+	}
 	if o.Memory == 0 {
-		o.Memory = 512 << 20
+		o.Memory = memory
 	}
 	if o.VCPUs == 0 {
 		o.VCPUs = 1
 	}
 	if o.WorkingSet == 0 {
-		o.WorkingSet = 64 << 20
+		o.WorkingSet = workingSet
 	}
 	if o.Accel == "" {
 		o.Accel = "auto"
 	}
 	if len(o.Disks) == 0 {
-		o.Disks = []DiskOptions{{Size: defaultDisk, Format: "raw", Bus: "virtio"}}
+		o.Disks = []DiskOptions{{Size: disk, Format: "raw", Bus: "virtio"}}
 	}
 	if err := checkName(o.Name); err != nil {
 		return err
@@ -87,7 +96,16 @@ func (o *VMOptions) complete(dataCentres []string) error {
 			return fmt.Errorf("disk %d of %s: %w", i, o.Name, err)
 		}
 	}
+	if o.Image != "" {
+		return o.checkDebian()
+	}
 	return nil
+}
+
+func (o *VMOptions) progress(line string) {
+	if o.Progress != nil {
+		o.Progress(line)
+	}
 }
 
 // checkName refuses names that files, libvirt or a command line would take for something else.
@@ -192,17 +210,7 @@ func (l *Lab) forgetRemoved(ctx context.Context, name string) error {
 }
 
 func (v *VM) create(ctx context.Context, im *Images, site *Site, o VMOptions) error {
-	kernel := cloudKernel
-	for _, d := range o.Disks {
-		if d.Bus == "sata" {
-			kernel = fullKernel
-		}
-	}
-	programs, err := v.programs(ctx, im, o)
-	if err != nil {
-		return err
-	}
-	boot, err := im.boot(ctx, kernel, programs...)
+	boot, err := v.image(ctx, im, o)
 	if err != nil {
 		return err
 	}
@@ -227,7 +235,7 @@ func (v *VM) create(ctx context.Context, im *Images, site *Site, o VMOptions) er
 	}
 	d.Cmdline = v.cmdline(site, o)
 	for n, disk := range o.Disks {
-		path, made, err := site.makeDisk(ctx, im, boot.tree, v.Name, n, disk)
+		path, made, err := site.makeDisk(ctx, im, boot, v.Name, n, disk)
 		v.Files = append(v.Files, made...)
 		if err != nil {
 			return fmt.Errorf("disk %d: %w", n, err)
@@ -258,7 +266,7 @@ func (v *VM) create(ctx context.Context, im *Images, site *Site, o VMOptions) er
 	if err := v.start(ctx, site, xml, o.Transient); err != nil {
 		return err
 	}
-	if err := v.await(ctx, site, o.UEFI); err != nil {
+	if err := v.await(ctx, site, o); err != nil {
 		return fmt.Errorf("%w; its serial log ends:\n%s", err, v.serialEnd(site))
 	}
 	v.BootTime = time.Since(start)
@@ -274,6 +282,24 @@ func (v *VM) seed() uint64 {
 	return binary.BigEndian.Uint64(h[:])
 }
 
+// image is what the VM boots.
+func (v *VM) image(ctx context.Context, im *Images, o VMOptions) (image, error) {
+	if o.Image != "" {
+		return im.bootDebian(ctx, o.Image, o.progress)
+	}
+	kernel := cloudKernel
+	for _, d := range o.Disks {
+		if d.Bus == "sata" {
+			kernel = fullKernel
+		}
+	}
+	programs, err := v.programs(ctx, im, o)
+	if err != nil {
+		return image{}, err
+	}
+	return im.boot(ctx, kernel, programs...)
+}
+
 func (v *VM) cmdline(site *Site, o VMOptions) string {
 	line := fmt.Sprintf("console=ttyS0 quiet loglevel=4 mitigations=off panic=1 wanlab.name=%s wanlab.address=%s wanlab.gateway=%s"+
 		" wanlab.address6=%s wanlab.gateway6=%s wanlab.seed=%x wanlab.disks=%d wanlab.dirty=%d wanlab.write=%d wanlab.working-set=%d",
@@ -284,6 +310,9 @@ func (v *VM) cmdline(site *Site, o VMOptions) string {
 		line += fmt.Sprintf(" wanlab.second-address=%s wanlab.second-gateway=%s wanlab.second-address6=%s wanlab.second-gateway6=%s",
 			netip.PrefixFrom(second.Address, site.Second.Addr.Bits()), site.Second.Addr.Addr(),
 			netip.PrefixFrom(second.Address6, site.Second.Addr6.Bits()), site.Second.Addr6.Addr())
+	}
+	if o.Image != "" {
+		line += debianCmdline
 	}
 	return line
 }
@@ -336,19 +365,25 @@ func (v *VM) start(ctx context.Context, site *Site, xml []byte, transient bool) 
 }
 
 const (
-	bootTimeout = 90 * time.Second
-	uefiTimeout = 5 * time.Minute // OVMF draws its logo for long under TCG
+	bootTimeout   = 90 * time.Second
+	uefiTimeout   = 5 * time.Minute // OVMF draws its logo for long under TCG
+	bootProgress  = 15 * time.Second
+	debianTimeout = 10 * time.Minute // one under TCG, if the machine has nothing else to do
 )
 
 // await returns when the guest answers.
-func (v *VM) await(ctx context.Context, site *Site, uefi bool) error {
+func (v *VM) await(ctx context.Context, site *Site, o VMOptions) error {
 	limit := bootTimeout
-	if uefi {
+	switch {
+	case o.Image != "":
+		limit = debianTimeout
+	case o.UEFI:
 		limit = uefiTimeout
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no answer from the guest in %v", limit))
 	defer cancel()
-	checked := time.Now()
+	started := time.Now()
+	checked, told := started, started
 	for {
 		one, done := context.WithTimeout(ctx, 2*time.Second)
 		_, err := v.Report(one, site.Name)
@@ -361,6 +396,10 @@ func (v *VM) await(ctx context.Context, site *Site, uefi bool) error {
 			if state, err := v.state(ctx, site); err == nil && state != "running" {
 				return fmt.Errorf("the guest did not stay up: it is %s", state)
 			}
+		}
+		if time.Since(told) > bootProgress {
+			told = time.Now()
+			o.progress(fmt.Sprintf("%s has been booting for %d s", v.Name, int(time.Since(started).Seconds())))
 		}
 		select {
 		case <-ctx.Done():

@@ -290,7 +290,7 @@ func TestGuestOfEveryKindOfDisk(t *testing.T) {
 		t.Errorf("an image of 64 MiB with 16 MiB of files takes %d bytes", thin)
 	}
 	// What is on the device now must not be overwritten.
-	if _, _, err := site.makeDisk(t.Context(), nil, "", "other", 0, DiskOptions{Device: loop, Format: "raw", Bus: "virtio"}); err == nil || !strings.Contains(err.Error(), "not empty") {
+	if _, _, err := site.makeDisk(t.Context(), nil, image{}, "other", 0, DiskOptions{Device: loop, Format: "raw", Bus: "virtio"}); err == nil || !strings.Contains(err.Error(), "not empty") {
 		t.Errorf("a device in use: %v", err)
 	}
 

@@ -9,5 +9,6 @@ if [ "$(id -u)" != 0 ]; then
 	exit 1
 fi
 bin/wanlab image
+bin/wanlab image --debian
 go test -tags bench -count=1 -v -run Throughput ./netredirect/encap
-go test -tags bench -count=1 -v -timeout 30m -run 'TunnelKinds|LongestGap|SideBySide' ./lab/e2e
+go test -tags bench -count=1 -v -timeout 30m -run 'TunnelKinds|LongestGap|SideBySide|Debian' ./lab/e2e

@@ -39,6 +39,7 @@ func TestBadInputIsOneLine(t *testing.T) {
 		{"client web --ssh --for -1s", "--for -1s: want a duration from now"},
 		{"client web --ssh", "no lab there"},
 		{"status", "no lab there"},
+		{"image ubuntu", `unknown command "ubuntu" for "wanlab image"`},
 		{"nonsense", `unknown command "nonsense" for "wanlab"`},
 	} {
 		root := rootCommand()

@@ -21,6 +21,11 @@ func vmCommand(dir *string) *cobra.Command {
 		Long: `vm makes a guest from Debian's packages and waits until it answers. Its first
 disk holds files from this machine's packages, up to a third of its size.
 
+With --image debian the first disk, of 3 GiB, holds Debian 12 with systemd, nginx
+at port 8080 and PostgreSQL at port 5432, which has a database named bench and
+asks no password of its user postgres. Root needs none on the serial console.
+The lab's own program is a service of it. See wanlab image.
+
 A disk is a size or the path of an empty block device, and may say
 format=raw|qcow2, bus=virtio|scsi|sata and backing=yes|no:
   --disk 1GiB --disk 512MiB,format=qcow2,bus=scsi --disk /dev/loop3
@@ -31,6 +36,10 @@ by the NIC whose address was asked.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.Name = args[0]
+			o.Progress = func(line string) { fmt.Fprintln(cmd.ErrOrStderr(), line) }
+			if o.Image != "" && !cmd.Flags().Changed("disk") {
+				disks = []string{"3GiB"}
+			}
 			for _, s := range disks {
 				d, err := lab.ParseDisk(s, format)
 				if err != nil {
@@ -62,13 +71,14 @@ by the NIC whose address was asked.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.Site, "site", lab.LocalDC, "data centre to boot it at")
-	f.StringVar(&memory, "memory", "512MiB", "memory")
+	f.StringVar(&o.Image, "image", "", "system on its first disk: debian or debian-second (default: none, only the lab's program)")
+	f.StringVar(&memory, "memory", "0", "memory (default 512MiB, with a system 1GiB)")
 	f.IntVar(&o.VCPUs, "vcpus", 1, "virtual processors")
-	f.StringArrayVar(&disks, "disk", []string{"1GiB"}, "a disk; can be given several times")
+	f.StringArrayVar(&disks, "disk", []string{"1GiB"}, "a disk; can be given several times (with a system 3GiB)")
 	f.StringVar(&format, "format", "raw", "format of disks that do not say: raw or qcow2")
 	f.StringVar(&dirty, "dirty", "0", "memory to dirty, such as 20MiB/s")
 	f.StringVar(&write, "write", "0", "blocks to write to each disk, such as 5MiB/s")
-	f.StringVar(&workingSet, "working-set", "64MiB", "memory to dirty in")
+	f.StringVar(&workingSet, "working-set", "0", "memory to dirty in (default 64MiB, with a system 8MiB)")
 	f.BoolVar(&o.Transient, "transient", false, "make a domain that is gone when it stops")
 	f.BoolVar(&persistent, "persistent", true, "make a domain that stays defined when it stops")
 	f.StringVar(&o.Accel, "accel", "auto", "kvm, tcg, or auto: kvm where a guest boots with it")

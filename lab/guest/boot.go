@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"sort"
 	"strconv"
 	"strings"
@@ -26,7 +27,8 @@ type settings struct {
 	first  nic
 	second nic // or empty
 	seed   uint64
-	disks  int // to wait for
+	disks  int    // to wait for
+	root   string // disk with a system of its own, or empty
 	load   api.Load
 }
 
@@ -71,6 +73,11 @@ func parseSettings(cmdline string) (settings, error) {
 			s.seed, err = strconv.ParseUint(value, 16, 64)
 		case "disks":
 			s.disks, err = strconv.Atoi(value)
+		case "root":
+			s.root = value
+			if !diskName.MatchString(value) {
+				err = fmt.Errorf("%q is not a disk", value)
+			}
 		case "dirty":
 			s.load.Dirty, err = api.ParseSize(value)
 		case "write":
@@ -86,6 +93,8 @@ func parseSettings(cmdline string) (settings, error) {
 	}
 	return s, nil
 }
+
+var diskName = regexp.MustCompile(`^[sv]d[a-z]$`)
 
 // mountKernel mounts the kernel's own file systems.
 func mountKernel() error {
@@ -231,6 +240,11 @@ func mountDisk(name string, seed uint64) (*disk, error) {
 	if err := unix.Mount("/dev/"+name, root, "ext4", unix.MS_NOATIME, ""); err != nil {
 		return nil, fmt.Errorf("mount %s: %w", name, err)
 	}
+	return openMounted(name, root, seed)
+}
+
+// openMounted opens a disk for blocks whose file system is mounted at root.
+func openMounted(name, root string, seed uint64) (*disk, error) {
 	b, err := os.ReadFile("/sys/block/" + name + "/size")
 	if err != nil {
 		return nil, err

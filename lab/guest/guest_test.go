@@ -49,13 +49,13 @@ func TestParseSettings(t *testing.T) {
 	s, err := parseSettings("console=ttyS0 quiet wanlab.name=web%20server wanlab.address=10.10.0.11/24 wanlab.gateway=10.10.0.1" +
 		" wanlab.address6=fd00:10::11/64 wanlab.gateway6=fd00:10::1" +
 		" wanlab.second-address=10.11.0.11/24 wanlab.second-gateway=10.11.0.1 wanlab.second-address6=fd00:11::11/64 wanlab.second-gateway6=fd00:11::1" +
-		" wanlab.seed=ff00 wanlab.disks=2 wanlab.dirty=20MiB wanlab.write=4096 wanlab.working-set=1GiB\n")
+		" wanlab.seed=ff00 wanlab.disks=2 wanlab.dirty=20MiB wanlab.write=4096 wanlab.working-set=1GiB wanlab.root=vda\n")
 	want := settings{"web server", nic{family{"10.10.0.11/24", "10.10.0.1"}, family{"fd00:10::11/64", "fd00:10::1"}},
-		nic{family{"10.11.0.11/24", "10.11.0.1"}, family{"fd00:11::11/64", "fd00:11::1"}}, 0xff00, 2, api.Load{Dirty: 20 << 20, Write: 4096, WorkingSet: 1 << 30}}
+		nic{family{"10.11.0.11/24", "10.11.0.1"}, family{"fd00:11::11/64", "fd00:11::1"}}, 0xff00, 2, "vda", api.Load{Dirty: 20 << 20, Write: 4096, WorkingSet: 1 << 30}}
 	if err != nil || s != want {
 		t.Errorf("read %+v, %v; want %+v", s, err, want)
 	}
-	for _, line := range []string{"wanlab.seed=x", "wanlab.disks=", "wanlab.dirty=-1", "wanlab.name=%2", "wanlab.colour=red"} {
+	for _, line := range []string{"wanlab.seed=x", "wanlab.disks=", "wanlab.dirty=-1", "wanlab.name=%2", "wanlab.colour=red", "wanlab.root=", "wanlab.root=vd", "wanlab.root=../vda", "wanlab.root=vda1"} {
 		if _, err := parseSettings(line); err == nil {
 			t.Errorf("%q was accepted", line)
 		}

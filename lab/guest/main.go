@@ -1,5 +1,6 @@
 // Wanlab-guest is the init of the lab's guests. It sets the guest up, does the load that is asked of it, verifies all that it
-// wrote and answers over the network; package api has the details.
+// wrote and answers over the network; package api has the details. A guest with a system of its own is handed over to that
+// system's init, which runs this program as a service.
 package main
 
 import (
@@ -17,11 +18,15 @@ import (
 )
 
 func main() {
-	if os.Getpid() != 1 {
-		fmt.Fprintln(os.Stderr, "wanlab-guest is the init of a lab guest; start one with: wanlab vm NAME")
-		os.Exit(2)
-	}
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stdout, nil)))
+	if os.Getpid() != 1 {
+		if len(os.Args) != 2 || os.Args[1] != serviceArgument {
+			fmt.Fprintln(os.Stderr, "wanlab-guest is the init of a lab guest; start one with: wanlab vm NAME")
+			os.Exit(2)
+		}
+		slog.Error("guest failed", "err", runService())
+		os.Exit(1)
+	}
 	fmt.Println("wanlab-guest starts")
 	if err := run(); err != nil {
 		slog.Error("guest failed", "err", err)
@@ -31,18 +36,20 @@ func main() {
 	powerOff()
 }
 
+// readSettings reads the command line of the kernel that runs.
+func readSettings() (settings, error) {
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return settings{}, err
+	}
+	return parseSettings(string(cmdline))
+}
+
 func run() error {
-	// More threads than processors, so that the kernel rather than Go's scheduler decides who runs: the ticker must not
-	// wait for the workers.
-	runtime.GOMAXPROCS(max(4, runtime.NumCPU()))
 	if err := mountKernel(); err != nil {
 		return err
 	}
-	cmdline, err := os.ReadFile("/proc/cmdline")
-	if err != nil {
-		return err
-	}
-	s, err := parseSettings(string(cmdline))
+	s, err := readSettings()
 	if err != nil {
 		return err
 	}
@@ -55,10 +62,17 @@ func run() error {
 	if err := bringUpNetwork(s); err != nil {
 		return err
 	}
+	if s.root != "" {
+		return startSystem(s)
+	}
 	g, err := newGuest(s)
 	if err != nil {
 		return err
 	}
+	g.off = powerOff
+	watchPowerButton(powerOff)
+	startDaemons()
+	go console()
 	return g.run()
 }
 
@@ -78,7 +92,11 @@ func newGuest(s settings) (*guest, error) {
 	}
 	l := &load{memory: m}
 	for i, name := range findDisks(s.disks) {
-		d, err := mountDisk(name, s.seed+uint64(i)+1)
+		open := mountDisk
+		if name == s.root {
+			open = openRoot
+		}
+		d, err := open(name, s.seed+uint64(i)+1)
 		if err != nil {
 			slog.Error("disk not opened", "device", name, "err", err)
 			d = newDisk(name, 0)
@@ -90,11 +108,14 @@ func newGuest(s settings) (*guest, error) {
 		return nil, fmt.Errorf("found %d of %d disks", len(l.disks), s.disks)
 	}
 	l.set(s.load)
-	return &guest{name: s.name, bootID: strings.TrimSpace(string(id)), seed: s.seed, load: l, pauses: &pauses{}, echo: &echo{}, off: powerOff}, nil
+	return &guest{name: s.name, bootID: strings.TrimSpace(string(id)), seed: s.seed, load: l, pauses: &pauses{}, echo: &echo{}}, nil
 }
 
 // run serves until one of the services fails.
 func (g *guest) run() error {
+	// More threads than processors, so that the kernel rather than Go's scheduler decides who runs: the ticker must not
+	// wait for the workers.
+	runtime.GOMAXPROCS(max(4, runtime.NumCPU()))
 	web, err := net.Listen("tcp", fmt.Sprintf(":%d", api.HTTPPort))
 	if err != nil {
 		return err
@@ -108,9 +129,6 @@ func (g *guest) run() error {
 		return err
 	}
 	g.load.start()
-	watchPowerButton(g.off)
-	startDaemons()
-	go console()
 	go g.pauses.tick()
 	go func() {
 		if err := g.pauses.watchRTC(); err != nil {
