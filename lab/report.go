@@ -24,13 +24,13 @@ func (v *VM) Report(ctx context.Context, site string) (*api.Report, error) {
 
 // LoadChange changes the load of a guest; what is nil stays.
 type LoadChange struct {
-	Dirty, Write, WorkingSet *int64
+	Dirty, Edit, Write, WorkingSet *int64
 }
 
 // Load changes what the guest does.
 func (v *VM) Load(ctx context.Context, site string, c LoadChange) (*api.Report, error) {
 	query := url.Values{}
-	for key, value := range map[string]*int64{"dirty": c.Dirty, "write": c.Write, "working-set": c.WorkingSet} {
+	for key, value := range map[string]*int64{"dirty": c.Dirty, "edit": c.Edit, "write": c.Write, "working-set": c.WorkingSet} {
 		if value != nil {
 			query.Set(key, strconv.FormatInt(*value, 10))
 		}

@@ -34,6 +34,7 @@ type VMOptions struct {
 	VCPUs      int           // 1 by default
 	Disks      []DiskOptions // one raw disk of 1 GiB by default, 3 GiB with Debian
 	Dirty      int64         // bytes of memory dirtied per second
+	Edit       int64         // bytes of memory per second in pages of which a few words change
 	Write      int64         // bytes written per second, to each disk
 	WorkingSet int64         // bytes of memory in use by the lab's program, 64 MiB by default, 8 MiB with Debian
 	Transient  bool
@@ -88,7 +89,7 @@ func (o *VMOptions) complete(dataCentres []string) error {
 		return fmt.Errorf("disks of %s: %d: want at most %d", o.Name, len(o.Disks), maxDisks)
 	case o.Accel != "auto" && o.Accel != "kvm" && o.Accel != "tcg":
 		return fmt.Errorf("accelerator %q: want auto, kvm or tcg", o.Accel)
-	case o.Dirty < 0 || o.Write < 0 || o.WorkingSet < 0:
+	case o.Dirty < 0 || o.Edit < 0 || o.Write < 0 || o.WorkingSet < 0:
 		return fmt.Errorf("load of %s: rates and sizes cannot be negative", o.Name)
 	}
 	for i, d := range o.Disks {
@@ -302,10 +303,10 @@ func (v *VM) image(ctx context.Context, im *Images, o VMOptions) (image, error) 
 
 func (v *VM) cmdline(site *Site, o VMOptions) string {
 	line := fmt.Sprintf("console=ttyS0 quiet loglevel=4 mitigations=off panic=1 wanlab.name=%s wanlab.address=%s wanlab.gateway=%s"+
-		" wanlab.address6=%s wanlab.gateway6=%s wanlab.seed=%x wanlab.disks=%d wanlab.dirty=%d wanlab.write=%d wanlab.working-set=%d",
+		" wanlab.address6=%s wanlab.gateway6=%s wanlab.seed=%x wanlab.disks=%d wanlab.dirty=%d wanlab.edit=%d wanlab.write=%d wanlab.working-set=%d",
 		url.PathEscape(v.Name), netip.PrefixFrom(v.Address, site.BridgeAddr.Bits()), site.BridgeAddr.Addr(),
 		netip.PrefixFrom(v.Address6, site.BridgeAddr6.Bits()), site.BridgeAddr6.Addr(), v.seed(),
-		len(o.Disks), o.Dirty, o.Write, o.WorkingSet)
+		len(o.Disks), o.Dirty, o.Edit, o.Write, o.WorkingSet)
 	if second := v.Second; second != nil {
 		line += fmt.Sprintf(" wanlab.second-address=%s wanlab.second-gateway=%s wanlab.second-address6=%s wanlab.second-gateway6=%s",
 			netip.PrefixFrom(second.Address, site.Second.Addr.Bits()), site.Second.Addr.Addr(),

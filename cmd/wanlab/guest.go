@@ -86,7 +86,7 @@ func loadCommand(dir *string) *cobra.Command {
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var change lab.LoadChange
-			for flag, to := range map[string]**int64{"dirty": &change.Dirty, "write": &change.Write, "working-set": &change.WorkingSet} {
+			for flag, to := range map[string]**int64{"dirty": &change.Dirty, "edit": &change.Edit, "write": &change.Write, "working-set": &change.WorkingSet} {
 				if f := cmd.Flags().Lookup(flag); f.Changed {
 					n, err := parseAmount(flag, f.Value.String())
 					if err != nil {
@@ -108,6 +108,7 @@ func loadCommand(dir *string) *cobra.Command {
 	}
 	addSite(cmd, &site)
 	cmd.Flags().String("dirty", "", "memory to dirty, such as 20MiB/s; 0 stops")
+	cmd.Flags().String("edit", "", "memory to change in a few words a page, such as 20MiB/s; 0 stops")
 	cmd.Flags().String("write", "", "blocks to write to each disk, such as 5MiB/s; 0 stops")
 	cmd.Flags().String("working-set", "", "memory to dirty in, such as 64MiB")
 	return cmd

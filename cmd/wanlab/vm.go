@@ -13,7 +13,7 @@ import (
 func vmCommand(dir *string) *cobra.Command {
 	var o lab.VMOptions
 	var disks []string
-	var format, memory, dirty, write, workingSet string
+	var format, memory, dirty, edit, write, workingSet string
 	var persistent bool
 	cmd := &cobra.Command{
 		Use:   "vm NAME",
@@ -50,7 +50,7 @@ by the NIC whose address was asked.`,
 			for _, size := range []struct {
 				flag, text string
 				to         *int64
-			}{{"memory", memory, &o.Memory}, {"dirty", dirty, &o.Dirty}, {"write", write, &o.Write}, {"working-set", workingSet, &o.WorkingSet}} {
+			}{{"memory", memory, &o.Memory}, {"dirty", dirty, &o.Dirty}, {"edit", edit, &o.Edit}, {"write", write, &o.Write}, {"working-set", workingSet, &o.WorkingSet}} {
 				n, err := parseAmount(size.flag, size.text)
 				if err != nil {
 					return err
@@ -77,6 +77,7 @@ by the NIC whose address was asked.`,
 	f.StringArrayVar(&disks, "disk", []string{"1GiB"}, "a disk; can be given several times (with a system 3GiB)")
 	f.StringVar(&format, "format", "raw", "format of disks that do not say: raw or qcow2")
 	f.StringVar(&dirty, "dirty", "0", "memory to dirty, such as 20MiB/s")
+	f.StringVar(&edit, "edit", "0", "memory to change in a few words a page, such as 20MiB/s")
 	f.StringVar(&write, "write", "0", "blocks to write to each disk, such as 5MiB/s")
 	f.StringVar(&workingSet, "working-set", "0", "memory to dirty in (default 64MiB, with a system 8MiB)")
 	f.BoolVar(&o.Transient, "transient", false, "make a domain that is gone when it stops")

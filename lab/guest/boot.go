@@ -80,6 +80,8 @@ func parseSettings(cmdline string) (settings, error) {
 			}
 		case "dirty":
 			s.load.Dirty, err = api.ParseSize(value)
+		case "edit":
+			s.load.Edit, err = api.ParseSize(value)
 		case "write":
 			s.load.Write, err = api.ParseSize(value)
 		case "working-set":

@@ -49,9 +49,9 @@ func TestParseSettings(t *testing.T) {
 	s, err := parseSettings("console=ttyS0 quiet wanlab.name=web%20server wanlab.address=10.10.0.11/24 wanlab.gateway=10.10.0.1" +
 		" wanlab.address6=fd00:10::11/64 wanlab.gateway6=fd00:10::1" +
 		" wanlab.second-address=10.11.0.11/24 wanlab.second-gateway=10.11.0.1 wanlab.second-address6=fd00:11::11/64 wanlab.second-gateway6=fd00:11::1" +
-		" wanlab.seed=ff00 wanlab.disks=2 wanlab.dirty=20MiB wanlab.write=4096 wanlab.working-set=1GiB wanlab.root=vda\n")
+		" wanlab.seed=ff00 wanlab.disks=2 wanlab.dirty=20MiB wanlab.edit=3MiB wanlab.write=4096 wanlab.working-set=1GiB wanlab.root=vda\n")
 	want := settings{"web server", nic{family{"10.10.0.11/24", "10.10.0.1"}, family{"fd00:10::11/64", "fd00:10::1"}},
-		nic{family{"10.11.0.11/24", "10.11.0.1"}, family{"fd00:11::11/64", "fd00:11::1"}}, 0xff00, 2, "vda", api.Load{Dirty: 20 << 20, Write: 4096, WorkingSet: 1 << 30}}
+		nic{family{"10.11.0.11/24", "10.11.0.1"}, family{"fd00:11::11/64", "fd00:11::1"}}, 0xff00, 2, "vda", api.Load{Dirty: 20 << 20, Edit: 3 << 20, Write: 4096, WorkingSet: 1 << 30}}
 	if err != nil || s != want {
 		t.Errorf("read %+v, %v; want %+v", s, err, want)
 	}
@@ -113,19 +113,19 @@ func request(t *testing.T, method, url string) (*http.Response, []byte) {
 
 func TestRequests(t *testing.T) {
 	g, web, _ := testGuest(t)
-	_, body := request(t, "POST", web+"/load?dirty=1MiB&write=2MiB/s")
+	_, body := request(t, "POST", web+"/load?dirty=1MiB&edit=3MiB&write=2MiB/s")
 	var r api.Report
 	if err := json.Unmarshal(body, &r); err != nil {
 		t.Fatal(err)
 	}
-	if want := (api.Load{Dirty: 1 << 20, Write: 2 << 20, WorkingSet: 16 * api.PageSize}); r.Load != want || r.Name != "test" {
+	if want := (api.Load{Dirty: 1 << 20, Edit: 3 << 20, Write: 2 << 20, WorkingSet: 16 * api.PageSize}); r.Load != want || r.Name != "test" {
 		t.Errorf("report %+v, want the load %+v", r, want)
 	}
-	_, body = request(t, "POST", web+"/load?working-set=1TiB&dirty=1TiB")
+	_, body = request(t, "POST", web+"/load?working-set=1TiB&dirty=1TiB&edit=1TiB")
 	if err := json.Unmarshal(body, &r); err != nil {
 		t.Fatal(err)
 	}
-	if want := (api.Load{Dirty: maxRate, Write: 2 << 20, WorkingSet: 64 * api.PageSize}); r.Load != want {
+	if want := (api.Load{Dirty: maxRate, Edit: maxRate, Write: 2 << 20, WorkingSet: 64 * api.PageSize}); r.Load != want {
 		t.Errorf("load %+v, want it bounded to %+v", r.Load, want)
 	}
 	g.load.memory.page(63)[5]++

@@ -108,12 +108,14 @@ func parseLoad(l api.Load, query url.Values) (api.Load, error) {
 		switch key {
 		case "dirty":
 			l.Dirty = n
+		case "edit":
+			l.Edit = n
 		case "write":
 			l.Write = n
 		case "working-set":
 			l.WorkingSet = n
 		default:
-			return l, fmt.Errorf("unknown parameter %q: want dirty, write or working-set", key)
+			return l, fmt.Errorf("unknown parameter %q: want dirty, edit, write or working-set", key)
 		}
 	}
 	return l, nil

@@ -36,6 +36,7 @@ func (l *load) set(want api.Load) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	want.Dirty = min(want.Dirty, maxRate)
+	want.Edit = min(want.Edit, maxRate)
 	want.Write = min(want.Write, maxRate)
 	if want.WorkingSet != l.now.WorkingSet {
 		want.WorkingSet = l.memory.setWorkingSet(want.WorkingSet)
@@ -48,6 +49,11 @@ func (l *load) start() {
 	go pace(10*time.Millisecond, func() float64 { return float64(l.get().Dirty) / api.PageSize }, func(n int64) {
 		for range n {
 			l.memory.dirty()
+		}
+	})
+	go pace(10*time.Millisecond, func() float64 { return float64(l.get().Edit) / api.PageSize }, func(n int64) {
+		for range n {
+			l.memory.edit()
 		}
 	})
 	go pace(20*time.Millisecond, func() float64 { return verifyPages }, func(n int64) {

@@ -34,11 +34,13 @@ type memory struct {
 	mu         sync.Mutex
 	words      []uint64
 	generation []uint64 // by page; 0 for a page not yet written
+	edited     []bool   // by page: it is an edited page
 	bad        map[int]bool
 	filled     int // pages written at least once: a prefix
 	active     int // pages of the working set, the ones rewritten; at most filled
 	random     uint64
 	cursor     int
+	nextEdit   int
 	dirtied    int64
 	verified   int64
 	faults     faults
@@ -57,6 +59,7 @@ func newMemory(limit int64, seed uint64) (*memory, error) {
 		seed:       seed,
 		words:      api.Words(b),
 		generation: make([]uint64, limit/api.PageSize),
+		edited:     make([]bool, limit/api.PageSize),
 		bad:        make(map[int]bool),
 		random:     seed | 1,
 	}, nil
@@ -65,7 +68,11 @@ func newMemory(limit int64, seed uint64) (*memory, error) {
 func (m *memory) page(n int) []uint64 { return m.words[n*wordsPerPage : (n+1)*wordsPerPage] }
 
 func (m *memory) cell(n int) api.Cell {
-	return api.Cell{Kind: api.PageCell, Index: uint64(n), Generation: m.generation[n], Seed: m.seed}
+	kind := api.PageCell
+	if m.edited[n] {
+		kind = api.EditCell
+	}
+	return api.Cell{Kind: kind, Index: uint64(n), Generation: m.generation[n], Seed: m.seed}
 }
 
 // setWorkingSet makes the first size bytes the working set, or all if size is more than there is, and returns its size.
@@ -115,7 +122,23 @@ func (m *memory) dirty() {
 	m.random ^= m.random << 17
 	n := int(m.random % uint64(m.active))
 	m.check(n)
+	m.edited[n] = false
 	m.rewrite(n)
+	m.dirtied++
+}
+
+// edit changes a few words of the next page of a walk over the working set without end, having checked what it held. All
+// of a page changes the first time.
+func (m *memory) edit() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.nextEdit >= m.active {
+		m.nextEdit = 0
+	}
+	m.check(m.nextEdit)
+	m.edited[m.nextEdit] = true
+	m.rewrite(m.nextEdit)
+	m.nextEdit++
 	m.dirtied++
 }
 

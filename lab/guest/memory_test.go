@@ -24,12 +24,13 @@ func TestMemoryUnderLoadHasNoErrors(t *testing.T) {
 	m := testMemory(t, 64)
 	for range 1000 {
 		m.dirty()
+		m.edit()
 		m.verifyNext()
 	}
 	if pages, bad := m.verifyAll(); pages != 64 || bad != 0 {
 		t.Errorf("%d of %d pages are bad", bad, pages)
 	}
-	if r := m.report(); r.Errors != 0 || r.DirtiedPages != 1000 || r.VerifiedPages != 2064 || r.BufferBytes != 64*api.PageSize {
+	if r := m.report(); r.Errors != 0 || r.DirtiedPages != 2000 || r.VerifiedPages != 3064 || r.BufferBytes != 64*api.PageSize {
 		t.Errorf("report %+v", r)
 	}
 }

@@ -5,7 +5,7 @@
 //
 //	GET  /report                                        Report
 //	GET  /file?mib=N                                    N MiB of pattern cells; CRC-32C of the body in the trailer X-Wanlab-Crc32c
-//	POST /load?dirty=RATE&write=RATE&working-set=SIZE   changes what is named, answers Report
+//	POST /load?dirty=RATE&edit=RATE&write=RATE&working-set=SIZE   changes what is named, answers Report
 //	POST /verify                                        checks all memory and all disks now, answers Verification
 //	POST /sync                                          writes dirty file data to the disks, answers Report
 //	POST /poweroff                                      writes everything out, unmounts and powers off
@@ -54,7 +54,8 @@ func (r *Report) Errors() int64 {
 
 // Load is the work that a guest does, in bytes and bytes per second.
 type Load struct {
-	Dirty      int64 `json:"dirty_bytes_per_second"`
+	Dirty      int64 `json:"dirty_bytes_per_second"` // pages that change as a whole
+	Edit       int64 `json:"edit_bytes_per_second"`  // pages that change in a few words
 	Write      int64 `json:"write_bytes_per_second"` // to each disk
 	WorkingSet int64 `json:"working_set_bytes"`
 }

@@ -21,6 +21,8 @@ const (
 //	word 3          seed
 //	word 4 to n-2   payload: a fifth noise, the rest words of text; about 3:1 by zstd, like memory in use
 //	word n-1        checksum of words 0 to n-2
+//
+// The payload of an edited page is the same in all generations but for a few words.
 type Cell struct {
 	Kind       uint64
 	Index      uint64 // the page's or slot's number
@@ -33,7 +35,11 @@ const (
 	PageCell  uint64 = 0x6567615062616c77
 	BlockCell uint64 = 0x6b636f4c62616c77
 	FileCell  uint64 = 0x656c694662616c77
+	EditCell  uint64 = 0x7469644562616c77 // an edited page
 )
+
+// edits is how many words of an edited page follow from its generation.
+const edits = 4
 
 // The text: every word is one of 16 beginnings and one of 16 ends.
 var text = func() (t [256]uint64) {
@@ -66,7 +72,11 @@ func next(state *uint64) uint64 {
 func (c Cell) Fill(w []uint64) {
 	last := len(w) - 1
 	w[0], w[1], w[2], w[3] = c.Kind, c.Index, c.Generation, c.Seed
-	state := c.Kind ^ bits.RotateLeft64(c.Index, 17) ^ bits.RotateLeft64(c.Generation, 39) ^ c.Seed
+	base := c.Generation
+	if c.Kind == EditCell {
+		base = 0
+	}
+	state := c.Kind ^ bits.RotateLeft64(c.Index, 17) ^ bits.RotateLeft64(base, 39) ^ c.Seed
 	next(&state)
 	i := 4
 	for ; i < 4+last/5; i++ {
@@ -78,6 +88,12 @@ func (c Cell) Fill(w []uint64) {
 			w[i] = text[r&255]
 			r >>= 8
 			i++
+		}
+	}
+	if c.Kind == EditCell {
+		state ^= c.Generation
+		for range edits {
+			w[4+next(&state)%uint64(last-4)] = next(&state)
 		}
 	}
 	w[last] = sum(w[:last])

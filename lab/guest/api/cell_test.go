@@ -33,6 +33,27 @@ func TestCellMatchesItselfOnly(t *testing.T) {
 	}
 }
 
+func TestEditedCellsDifferInFewWords(t *testing.T) {
+	before := filled(Cell{EditCell, 17, 5, 99}, PageSize/8)
+	for generation := range uint64(100) {
+		c := Cell{EditCell, 17, 6 + generation, 99}
+		w := filled(c, PageSize/8)
+		if !c.Matches(w) {
+			t.Fatal("an edited cell does not match what it filled")
+		}
+		different := 0
+		for i := range w {
+			if w[i] != before[i] {
+				different++
+			}
+		}
+		if different < edits+2 || different > 2*edits+2 {
+			t.Errorf("generation %d differs from the one before in %d words", c.Generation, different)
+		}
+		before = w
+	}
+}
+
 func TestFlippedBitsAreFound(t *testing.T) {
 	c := Cell{Kind: PageCell, Index: 3, Generation: 1, Seed: 7}
 	w := filled(c, PageSize/8)
