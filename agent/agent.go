@@ -73,7 +73,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) error {
 		return errors.Join(err, a.redirects.Close())
 	}
 	a.engine, err = migrate.New(ctx, migrate.Config{Host: host, Journal: journal, Site: c.Site, Version: Version,
-		Spool: c.Outbox.Dir, Memory: int64(c.Outbox.Memory), SpoolMax: int64(c.Outbox.Spool),
+		Spool: c.Outbox.Dir, Memory: int64(c.Outbox.Memory), SpoolMax: int64(c.Outbox.Spool), PageStore: int64(c.Reduction.Memory),
 		Redirects: a.redirects, Redirect: c.Redirect.options(), Hooks: hooks,
 		Dial: a.dial, Known: known.nameOf, Log: log})
 	if err != nil {

@@ -193,6 +193,8 @@ func TestConfigErrorsAreOneLine(t *testing.T) {
 		"sites is unknown": "sites: []\n",
 		"memry is unknown": "outbox: {memry: 1MiB}\n",
 		"is not a size":    "outbox: {memory: lots}\n",
+		"pages is unknown": "reduction: {pages: 1MiB}\n",
+		"line 2":           "site: a\nreduction: {memory: -1MiB}\n",
 		"at least 1MiB":    "outbox: {memory: 4KiB}\n",
 		"not host:port":    "listen: 7946\n",
 		"must begin with":  "state: var/lib\n",

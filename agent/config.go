@@ -36,6 +36,8 @@ type Config struct {
 	Libvirt string       `yaml:"libvirt"` // libvirtd's unix socket
 	Outbox  OutboxConfig `yaml:"outbox"`
 
+	Reduction ReductionConfig `yaml:"reduction"`
+
 	Redirect  RedirectConfig `yaml:"redirect"`
 	Addresses AddressConfig  `yaml:"addresses"`
 	DNS       *DNSConfig     `yaml:"dns"`
@@ -49,6 +51,12 @@ type OutboxConfig struct {
 	Memory Size   `yaml:"memory"` // per move
 	Spool  Size   `yaml:"spool"`  // per move, on disk
 	Dir    string `yaml:"dir"`    // where the spool files are; the state folder's "spool"
+}
+
+// ReductionConfig bounds what is kept so that it need not be sent again. The
+// smaller bound of the two sides holds.
+type ReductionConfig struct {
+	Memory Size `yaml:"memory"` // of a guest's memory, per move; 0 is off
 }
 
 // Size is a number of bytes, written as in 256MiB.
@@ -71,6 +79,7 @@ var siteName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
 func LoadConfig(path string) (Config, error) {
 	c := Config{Listen: DefaultListen, API: DefaultAPI, State: DefaultState, Libvirt: hypervisor.DefaultSocket,
 		Outbox:    OutboxConfig{Memory: 256 << 20, Spool: 16 << 30},
+		Reduction: ReductionConfig{Memory: 256 << 20},
 		Redirect:  RedirectConfig{Kind: netredirect.Auto, Egress: netredirect.EgressTunnel, Max: 24 * time.Hour, Quiet: time.Minute},
 		Addresses: AddressConfig{Mode: netredirect.Keep},
 		Hooks:     HooksConfig{Timeout: 10 * time.Second}}
@@ -100,14 +109,15 @@ func explainYAML(err error) string {
 	s := strings.Join(strings.Fields(strings.TrimPrefix(err.Error(), "yaml: ")), " ")
 	s = strings.TrimPrefix(s, "unmarshal errors: ")
 	for kind, keys := range map[string]string{
-		"OutboxConfig":   "in outbox: there are memory, spool, dir",
-		"RedirectConfig": "in redirect: there are kind, egress, max, quiet",
-		"AddressConfig":  "in addresses: there are mode, pool",
-		"DNSConfig":      "in dns: there are servers, key_file, zones, ttl",
-		"BGPConfig":      "in bgp: there are asn, router_id, next_hops, communities, local_pref, peers",
-		"BGPPeerConfig":  "in bgp.peers: there are address, asn, local, port, multihop, password_file, watch",
-		"HooksConfig":    "in hooks: there are before_stop, after_resume, after_settle, timeout",
-		"Config":         ": there are site, listen, api, state, libvirt, outbox, redirect, addresses, dns, bgp, hooks",
+		"OutboxConfig":    "in outbox: there are memory, spool, dir",
+		"ReductionConfig": "in reduction: there is memory",
+		"RedirectConfig":  "in redirect: there are kind, egress, max, quiet",
+		"AddressConfig":   "in addresses: there are mode, pool",
+		"DNSConfig":       "in dns: there are servers, key_file, zones, ttl",
+		"BGPConfig":       "in bgp: there are asn, router_id, next_hops, communities, local_pref, peers",
+		"BGPPeerConfig":   "in bgp.peers: there are address, asn, local, port, multihop, password_file, watch",
+		"HooksConfig":     "in hooks: there are before_stop, after_resume, after_settle, timeout",
+		"Config":          ": there are site, listen, api, state, libvirt, outbox, reduction, redirect, addresses, dns, bgp, hooks",
 	} {
 		s = strings.ReplaceAll(s, "not found in type agent."+kind, strings.Replace("is unknown "+keys, " :", ":", 1))
 	}

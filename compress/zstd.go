@@ -8,6 +8,9 @@
 //	1  Zstd  one zstd frame (RFC 8878) that states its content size
 //
 // Methods are only appended; a decoder refuses one it does not know.
+//
+// What has changed in a block since an older version of it is a delta, see
+// AppendDelta.
 package compress
 
 import (

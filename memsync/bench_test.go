@@ -11,43 +11,49 @@ import (
 
 func checksum(p []byte) uint32 { return crc32.Checksum(p, castagnoli) }
 
-// kinds are streams of one kind of page each, 64 MiB of guest memory.
-func kinds() map[string][]byte {
-	const pages = 16 << 10
-	build := func(add func(s *stream, i int, block string)) []byte {
-		s := &stream{}
-		s.header()
-		s.section(sectionStart, ramSection, ramName, ramVersion)
-		s.u64(pages*testPage | flagSizes)
-		s.name(mainBlock)
-		s.u64(pages * testPage)
-		s.contentsEnd()
-		s.part(sectionPart)
-		for i := range pages {
-			block := ""
-			if i == 0 {
-				block = mainBlock
-			}
-			add(s, i, block)
+// guests are kinds of pages that a guest of 64 MiB may have.
+var guests = map[string]func(s *stream, i int, block string){
+	"zero":  func(s *stream, i int, b string) { s.zero(i, b) },
+	"pages": func(s *stream, i int, b string) { s.page(i, b, content(uint64(i))) },
+	"changed": func(s *stream, i int, b string) {
+		p := content(uint64(i % 2048))
+		p[i%testPage]++
+		s.page(i%2048, b, p)
+	},
+	"known": func(s *stream, i int, b string) { s.page(i%2048, b, content(uint64(i%2048))) },
+	"mixed": func(s *stream, i int, b string) {
+		if i%3 == 0 {
+			s.zero(i, b)
+		} else {
+			s.page(i, b, content(uint64(i)))
 		}
-		s.contentsEnd()
-		s.part(sectionLast)
-		s.contentsEnd()
-		s.device()
-		s.description()
-		return s.Bytes()
+	},
+}
+
+// guest is a stream of 16,384 pages of one kind.
+func guest(kind string) []byte {
+	const pages = 16 << 10
+	s := &stream{}
+	s.header()
+	s.section(sectionStart, ramSection, ramName, ramVersion)
+	s.u64(pages*testPage | flagSizes)
+	s.name(mainBlock)
+	s.u64(pages * testPage)
+	s.contentsEnd()
+	s.part(sectionPart)
+	for i := range pages {
+		block := ""
+		if i == 0 {
+			block = mainBlock
+		}
+		guests[kind](s, i, block)
 	}
-	return map[string][]byte{
-		"zero":  build(func(s *stream, i int, b string) { s.zero(i, b) }),
-		"pages": build(func(s *stream, i int, b string) { s.page(i, b, content(uint64(i))) }),
-		"mixed": build(func(s *stream, i int, b string) {
-			if i%3 == 0 {
-				s.zero(i, b)
-			} else {
-				s.page(i, b, content(uint64(i)))
-			}
-		}),
-	}
+	s.contentsEnd()
+	s.part(sectionLast)
+	s.contentsEnd()
+	s.device()
+	s.description()
+	return s.Bytes()
 }
 
 // keep is a channel that remembers frames.
@@ -67,12 +73,24 @@ func (drop) Recv(ctx context.Context, _ []byte) ([]byte, error) {
 	return nil, ctx.Err()
 }
 
+const benchStore = 32 << 20 // half of a guest
+
 func encode(tb testing.TB, data []byte, frames frameWriter) {
 	tb.Helper()
-	s := NewSource(SourceConfig{QEMU: &script{data: data}, Frames: frames, Return: drop{}})
+	s := NewSource(SourceConfig{QEMU: &script{data: data}, Frames: frames, Return: drop{}, Store: benchStore})
 	if err := s.Run(context.Background()); err != nil {
 		tb.Fatal(err)
 	}
+}
+
+func benchDecoder(tb testing.TB) *unbatch {
+	tb.Helper()
+	u, err := newUnbatch(slotsIn(benchStore))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { u.close() })
+	return u
 }
 
 // decode runs the frames through Dest's decoder, up to the writes to QEMU.
@@ -92,8 +110,9 @@ func decode(tb testing.TB, frames [][]byte, u *unbatch) (n int) {
 }
 
 func BenchmarkEncode(b *testing.B) {
-	for name, data := range kinds() {
-		b.Run(name, func(b *testing.B) {
+	for kind := range guests {
+		b.Run(kind, func(b *testing.B) {
+			data := guest(kind)
 			b.SetBytes(int64(len(data)))
 			b.ReportAllocs()
 			for b.Loop() {
@@ -104,15 +123,16 @@ func BenchmarkEncode(b *testing.B) {
 }
 
 func BenchmarkDecode(b *testing.B) {
-	for name, data := range kinds() {
-		b.Run(name, func(b *testing.B) {
+	for kind := range guests {
+		b.Run(kind, func(b *testing.B) {
+			data := guest(kind)
 			var k keep
 			encode(b, data, &k)
-			var u unbatch
+			u := benchDecoder(b)
 			b.SetBytes(int64(len(data)))
 			b.ReportAllocs()
 			for b.Loop() {
-				decode(b, k.frames, &u)
+				decode(b, k.frames, u)
 			}
 		})
 	}
@@ -120,7 +140,6 @@ func BenchmarkDecode(b *testing.B) {
 
 // The way of a page allocates nothing; what a stream allocates is its setup.
 func TestNoAllocationPerPage(t *testing.T) {
-	data := kinds()["mixed"]
 	mallocs := func(work func()) uint64 {
 		work() // fills the pools
 		var before, after runtime.MemStats
@@ -130,14 +149,17 @@ func TestNoAllocationPerPage(t *testing.T) {
 		return after.Mallocs - before.Mallocs
 	}
 	const limit = 1000 // for 16,384 pages
-	if n := mallocs(func() { encode(t, data, drop{}) }); n > limit {
-		t.Errorf("encode: %d allocations", n)
-	}
-	var k keep
-	encode(t, data, &k)
-	var u unbatch
-	if n := mallocs(func() { decode(t, k.frames, &u) }); n > limit {
-		t.Errorf("decode: %d allocations", n)
+	for _, kind := range []string{"mixed", "changed", "known"} {
+		data := guest(kind)
+		if n := mallocs(func() { encode(t, data, drop{}) }); n > limit {
+			t.Errorf("%s: encode: %d allocations", kind, n)
+		}
+		var k keep
+		encode(t, data, &k)
+		u := benchDecoder(t)
+		if n := mallocs(func() { decode(t, k.frames, u) }); n > limit {
+			t.Errorf("%s: decode: %d allocations", kind, n)
+		}
 	}
 }
 
@@ -151,7 +173,7 @@ func (stall) Close() error                { return nil }
 
 // A caller that blocks takes no more than a shallow buffer from QEMU.
 func TestShallow(t *testing.T) {
-	data := kinds()["pages"]
+	data := guest("pages")
 	blocked := make(chan struct{})
 	ctx, cancel := context.WithCancelCause(t.Context())
 	reads := &counter{data: data}

@@ -17,7 +17,8 @@ const maxTail = 64 << 20
 // refused the state before it had all of it.
 var ErrQEMU = errors.New("destination QEMU closed the RAM stream")
 
-// DestConfig says where a Dest reads and writes. All fields are required.
+// DestConfig says where a Dest reads and writes. All fields but Store
+// are required.
 type DestConfig struct {
 	Frames frameReader // from Source
 	Return frameWriter // to Source
@@ -30,13 +31,16 @@ type DestConfig struct {
 	// Gate is called once, when the RAM section has ended; QEMU gets nothing of
 	// the tail, without which it cannot start the guest, before Gate returns.
 	Gate func(ctx context.Context) error
+
+	// Store is how many bytes of pages may be kept here for Source.
+	Store int64
 }
 
 // Dest turns the frames of a Source into the stream of the destination QEMU.
 type Dest struct {
 	cfg  DestConfig
 	conn io.ReadWriteCloser
-	in   unbatch
+	in   *unbatch
 
 	received uint64 // stream bytes
 	tail     *tail
@@ -86,7 +90,7 @@ func (d *Dest) Run(ctx context.Context) error {
 	if d.tail != nil {
 		d.tail.wait()
 	}
-	return err
+	return errors.Join(err, d.in.close())
 }
 
 // start waits for the first frame and connects to QEMU.
@@ -95,17 +99,36 @@ func (d *Dest) start(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("receive memory frame: %w", err)
 	}
-	if len(frame) != 3 || frame[0] != frameStart {
-		return fmt.Errorf("%w: the first is not a start", ErrFrame)
+	slots, err := d.accept(frame)
+	if err != nil {
+		return err
 	}
-	if v := binary.BigEndian.Uint16(frame[1:]); v != Version {
-		return fmt.Errorf("%w: version %d, this side speaks %d: run the same release of wanmig at both sites", ErrFrame, v, Version)
+	if d.in, err = newUnbatch(slots); err != nil {
+		return err
 	}
 	d.conn, err = d.cfg.Dial(ctx)
 	if err != nil {
-		return fmt.Errorf("connect to destination QEMU: %w", err)
+		return errors.Join(fmt.Errorf("connect to destination QEMU: %w", err), d.in.close())
 	}
 	return nil
+}
+
+// accept reads the start frame: how many pages Source wants to be kept.
+func (d *Dest) accept(frame []byte) (slots uint32, err error) {
+	if len(frame) < 3 || frame[0] != frameStart {
+		return 0, fmt.Errorf("%w: the first is not a start", ErrFrame)
+	}
+	if v := binary.BigEndian.Uint16(frame[1:]); v != Version {
+		return 0, fmt.Errorf("%w: version %d, this side speaks %d: run the same release of wanmig at both sites", ErrFrame, v, Version)
+	}
+	if len(frame) != startLength {
+		return 0, fmt.Errorf("%w: start of %d bytes", ErrFrame, len(frame))
+	}
+	slots = binary.BigEndian.Uint32(frame[3:])
+	if limit := slotsIn(d.cfg.Store); slots > limit {
+		return 0, fmt.Errorf("%w: the source wants %d pages kept, %d are allowed here", ErrFrame, slots, limit)
+	}
+	return slots, nil
 }
 
 // stream writes the stream up to its end frame to QEMU.

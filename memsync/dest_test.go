@@ -5,13 +5,14 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"hash/crc32"
 	"io"
 	"net"
 	"runtime"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/wanmig/wanmig/compress"
 )
 
 // landing is a Dest with a destination QEMU played by the test.
@@ -27,7 +28,7 @@ func land(t *testing.T, gate func(context.Context) error) *landing {
 	qemu, ours := unixPair(t)
 	l := &landing{qemu: qemu, frames: newChannel(), returns: newChannel(), done: make(chan error, 1)}
 	l.returns.frames = make(chan []byte, 4096)
-	l.dest = NewDest(DestConfig{Frames: l.frames, Return: l.returns, Dial: dialTo(ours), Gate: gate})
+	l.dest = NewDest(DestConfig{Frames: l.frames, Return: l.returns, Dial: dialTo(ours), Gate: gate, Store: testSlots * storePage})
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	go func() { l.done <- l.dest.Run(ctx) }()
 	t.Cleanup(cancel)
@@ -68,12 +69,25 @@ func (l *landing) wrote(n uint64) {
 	}
 }
 
-var startFrame = []byte{frameStart, 0, Version}
+// testSlots is what a landing allows and startFrame asks for.
+const testSlots = 4
+
+var startFrame = []byte{frameStart, 0, Version, 0, 0, 0, testSlots}
+
+// noStore decodes batches that need no page store.
+func noStore(t testing.TB) *unbatch {
+	t.Helper()
+	u, err := newUnbatch(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
 
 func bytesFrame(p []byte) []byte {
 	b := newBatch()
 	b.addBytes(p)
-	return bytes.Clone(b.seal(crc32.Checksum(p, castagnoli)))
+	return bytes.Clone(b.seal(checksum(p)))
 }
 
 func endFrame(n int) []byte {
@@ -211,7 +225,7 @@ func TestQEMUFails(t *testing.T) {
 		boom := errors.New("boom")
 		frames := newChannel()
 		frames.Send(t.Context(), startFrame)
-		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Gate: open,
+		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Gate: open, Store: testSlots * storePage,
 			Dial: func(context.Context) (io.ReadWriteCloser, error) { return nil, boom }})
 		if err := d.Run(t.Context()); !errors.Is(err, boom) {
 			t.Errorf("Run: %v", err)
@@ -236,10 +250,11 @@ func TestQEMUDoneFirst(t *testing.T) {
 }
 
 func TestDestNeverDialsWithoutStart(t *testing.T) {
-	for _, frame := range [][]byte{{}, {frameStart}, {frameStart, 0, Version + 1}, {frameTail}, bytesFrame([]byte("x")), endFrame(0)} {
+	for _, frame := range [][]byte{{}, {frameStart}, {frameStart, 0, Version + 1}, startFrame[:startLength-1], append(bytes.Clone(startFrame), 0),
+		{frameStart, 0, Version, 0, 0, 0, testSlots + 1}, {frameTail}, bytesFrame([]byte("x")), endFrame(0)} {
 		frames := newChannel()
 		frames.Send(t.Context(), frame)
-		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Gate: open,
+		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Gate: open, Store: testSlots * storePage,
 			Dial: func(context.Context) (io.ReadWriteCloser, error) {
 				t.Errorf("dialled for frame %x", frame)
 				return nil, io.EOF
@@ -251,10 +266,35 @@ func TestDestNeverDialsWithoutStart(t *testing.T) {
 }
 
 // opsFrame is a batch with any operations, sealed like an honest one.
-func opsFrame(crc uint32, ops ...byte) []byte {
-	b := newBatch()
-	b.ops = append(b.ops, ops...)
+func opsFrame(crc uint32, ops ...byte) []byte { return sectionsFrame(crc, ops, nil, nil) }
+
+func sectionsFrame(crc uint32, ops, deltas, contents []byte) []byte {
+	b := batch{pageBits: defaultPageBits, encode: compress.Encode, sections: [sections][]byte{ops, deltas, contents}}
 	return bytes.Clone(b.seal(crc))
+}
+
+// pageOp is the operation of a page that continues the block before: its word,
+// its numbers of 32 bits and, of a delta, its length.
+func pageOp(op byte, numbers ...uint32) []byte {
+	b := binary.BigEndian.AppendUint64([]byte{op}, flagPage|flagContinue)
+	for _, n := range numbers {
+		b = binary.BigEndian.AppendUint32(b, n)
+	}
+	return b
+}
+
+func deltaOp(slot, base uint32, length uint16) []byte {
+	return binary.BigEndian.AppendUint16(pageOp(opDelta, slot, base), length)
+}
+
+// kept is a valid batch that fills a slot.
+func kept(slot uint32, page []byte) []byte {
+	return sectionsFrame(checksum(pageRecord(page)), pageOp(opKeep, slot), nil, page)
+}
+
+// pageRecord is the record of pageOp in the stream.
+func pageRecord(page []byte) []byte {
+	return append(binary.BigEndian.AppendUint64(nil, flagPage|flagContinue), page...)
 }
 
 func zeroOp(word uint64, count uint32, block ...byte) []byte {
@@ -265,7 +305,8 @@ func zeroOp(word uint64, count uint32, block ...byte) []byte {
 func TestBadFrames(t *testing.T) {
 	good := bytesFrame([]byte("memory"))
 	patched := func(at int, v byte) []byte { f := bytes.Clone(good); f[at] = v; return f }
-	page := append(binary.BigEndian.AppendUint64([]byte{opPage}, flagPage|flagContinue), make([]byte, testPage)...)
+	page := make([]byte, testPage)
+	delta, _ := compress.AppendDelta(nil, page, content(1), 2*testPage)
 	for name, frames := range map[string][][]byte{
 		"empty":               {{}},
 		"unknown type":        {{0x7f}},
@@ -273,11 +314,13 @@ func TestBadFrames(t *testing.T) {
 		"return":              {{frameReturn, 1}},
 		"short batch":         {good[:batchHeader-1]},
 		"cut batch":           {good[:len(good)-1]},
-		"method":              {patched(1, 9)},
-		"page bits small":     {patched(2, minPageBits-1)},
-		"page bits large":     {patched(2, maxPageBits+1)},
-		"size":                {patched(3, 0xff)},
-		"checksum":            {patched(7, good[7]+1)},
+		"more than a batch":   {append(bytes.Clone(good), 0)},
+		"method":              {patched(batchHeader, 9)},
+		"page bits small":     {patched(1, minPageBits-1)},
+		"page bits large":     {patched(1, maxPageBits+1)},
+		"size":                {patched(batchHeader+1, 0xff)},
+		"encoded size":        {patched(batchHeader+5, 0xff)},
+		"checksum":            {patched(2, good[2]+1)},
 		"no operations":       {opsFrame(0)},
 		"unknown operation":   {opsFrame(0, 0x44)},
 		"cut bytes":           {opsFrame(0, opBytes, 0, 0)},
@@ -290,9 +333,31 @@ func TestBadFrames(t *testing.T) {
 		"run, cut block":      {opsFrame(0, zeroOp(flagZero, 1, 2, 'a')...)},
 		"run without block":   {opsFrame(0, zeroOp(flagZero, 1)...)},
 		"run with page flag":  {opsFrame(0, zeroOp(flagPage|flagContinue, 1)...)},
-		"cut page":            {opsFrame(0, page[:len(page)-1]...)},
-		"cut page word":       {opsFrame(0, page[:5]...)},
-		"page with zero flag": {opsFrame(0, append([]byte{opPage, 0, 0, 0, 0, 0, 0, 0, flagZero | flagContinue}, page[9:]...)...)},
+		"cut page":            {sectionsFrame(0, pageOp(opPage), nil, page[1:])},
+		"cut page word":       {sectionsFrame(0, pageOp(opPage)[:5], nil, page)},
+		"page with zero flag": {sectionsFrame(0, []byte{opPage, 0, 0, 0, 0, 0, 0, 0, flagZero | flagContinue}, nil, page)},
+		"contents left over":  {sectionsFrame(0, pageOp(opPage), nil, append(page, 0))},
+		"deltas left over":    {sectionsFrame(0, pageOp(opPage), []byte{0}, page)},
+		"only contents":       {sectionsFrame(0, nil, nil, page)},
+		"page over the bound": {sectionsFrame(0, append(zeroOp(flagZero|flagContinue, maxStream/9-400), pageOp(opPage)...), nil, page)},
+
+		"cut slot":                {sectionsFrame(0, pageOp(opKeep, 0)[:12], nil, page)},
+		"cut page for a slot":     {sectionsFrame(0, pageOp(opKeep, 0), nil, page[1:])},
+		"slot beyond the next":    {sectionsFrame(0, pageOp(opKeep, 1), nil, page)},
+		"slot beyond the store":   {kept(0, page), kept(1, page), kept(2, page), kept(3, page), kept(4, page)},
+		"reference to no slot":    {opsFrame(0, pageOp(opReference, 0)...)},
+		"reference to empty slot": {kept(0, page), opsFrame(0, pageOp(opReference, 1)...)},
+		"huge reference":          {kept(0, page), opsFrame(0, pageOp(opReference, 1<<32-1)...)},
+		"cut reference":           {kept(0, page), opsFrame(0, pageOp(opReference, 0)[:12]...)},
+		"delta without base":      {sectionsFrame(0, deltaOp(0, 0, uint16(len(delta))), delta, nil)},
+		"delta of an empty slot":  {kept(0, page), sectionsFrame(0, deltaOp(0, 1, uint16(len(delta))), delta, nil)},
+		"delta to an empty slot":  {kept(0, page), sectionsFrame(0, deltaOp(2, 0, uint16(len(delta))), delta, nil)},
+		"delta too long":          {kept(0, page), sectionsFrame(0, deltaOp(0, 0, uint16(len(delta)+1)), delta, nil)},
+		"delta cut":               {kept(0, page), sectionsFrame(0, deltaOp(0, 0, uint16(len(delta)-1)), delta[:len(delta)-1], nil)},
+		"delta that does not fit": {kept(0, page), sectionsFrame(0, deltaOp(0, 0, 5), []byte("\x80\x20\x01\x01"), nil)},
+		"delta of other content":  {kept(0, content(2)), sectionsFrame(checksum(pageRecord(content(1))), deltaOp(0, 0, uint16(len(delta))), delta, nil)},
+		"large page for a slot":   {otherPageSize(sectionsFrame(0, pageOp(opKeep, 0), nil, make([]byte, 2*storePage)))},
+		"large page by reference": {kept(0, page), otherPageSize(opsFrame(0, pageOp(opReference, 0)...))},
 		"batch over the bound": {opsFrame(0, append(zeroOp(flagZero|flagContinue, maxStream/9),
 			append([]byte{opBytes, 0, 0, 1, 0}, make([]byte, 256)...)...)...)},
 		"tail with payload": {{frameTail, 1}},
@@ -313,6 +378,12 @@ func TestBadFrames(t *testing.T) {
 	}
 }
 
+// otherPageSize makes a batch one of pages twice the store's.
+func otherPageSize(frame []byte) []byte {
+	frame[1] = storeBits + 1
+	return frame
+}
+
 // Every prefix of a batch is refused.
 func TestEveryBatchPrefix(t *testing.T) {
 	b := newBatch()
@@ -324,8 +395,21 @@ func TestEveryBatchPrefix(t *testing.T) {
 	b.addZero(1*testPage|flagZero, append([]byte{byte(len(mainBlock))}, mainBlock...))
 	raw.page(2, "", content(2))
 	b.addPage(2*testPage|flagPage|flagContinue, nil, content(2))
-	frame := b.seal(crc32.Checksum(raw.Bytes(), castagnoli))
-	var u unbatch
+	raw.page(3, "", content(3))
+	b.addKept(3*testPage|flagPage|flagContinue, 0, nil, content(3))
+	raw.page(4, "", content(3))
+	b.addReference(4*testPage|flagPage|flagContinue, 0, nil)
+	next := content(3)
+	next[100]++
+	raw.page(3, "", next)
+	n, _ := b.tryDelta(content(3), next)
+	b.addDelta(3*testPage|flagPage|flagContinue, 0, 0, n, nil)
+	frame := b.seal(checksum(raw.Bytes()))
+	u, err := newUnbatch(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.close()
 	for n := range frame {
 		if _, err := u.decode(frame[:n]); !errors.Is(err, ErrFrame) {
 			t.Fatalf("%d of %d bytes: %v", n, len(frame), err)

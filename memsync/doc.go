@@ -42,24 +42,49 @@
 // On the return path the destination QEMU answers in messages of u16 type,
 // u16 n, n bytes. Type 1 is SHUT with a u32: 0 when the state was loaded.
 //
-// # Frames from Source to Dest, version 1
+// # Frames from Source to Dest, version 2
 //
-//	01 start   u16 version
-//	02 batch   u8 method, u8 page bits, u32 size, u32 crc, operations
+//	01 start   u16 version, u32 slots
+//	02 batch   u8 page bits, u32 crc, operations, deltas, contents
 //	03 tail    what follows is the tail
 //	04 end     u64 bytes of the whole stream
 //
-// The first frame is start, the last is end; tail comes at most once. The
-// operations of a batch are encoded with the method of package compress and
-// have size bytes when decoded. crc is CRC-32C of the stream bytes they stand
-// for, at most 270,336 of them. A page has 1<<(page bits) bytes. A stream that
-// was aborted has no end frame.
+// The first frame is start, the last is end; tail comes at most once. slots is
+// how many pages both sides keep. crc is CRC-32C of the stream bytes that the
+// batch stands for, at most 270,336 of them. A page has 1<<(page bits) bytes. A
+// stream that was aborted has no end frame.
+//
+// Operations, deltas and contents of a batch are a section each, encoded on its
+// own by package compress:
+//
+//	u8 method, u32 size when decoded, u32 n, n bytes
 //
 // Operations, w and [block] as in QEMU's stream:
 //
-//	01 bytes   u32 n, n bytes
-//	02 zero    u64 w, u32 count, [block]    zero pages, w growing by the page size; count is 1 with a block
-//	03 page    u64 w, [block], one page
+//	01 bytes      u32 n, n bytes
+//	02 zero       u64 w, u32 count, [block]           zero pages, w growing by the page size; count is 1 with a block
+//	03 page       u64 w, [block]                      a page, the next of the contents
+//	04 keep       u64 w, u32 slot, [block]            the same, and it is kept in the slot
+//	05 reference  u64 w, u32 slot, [block]            the page that the slot has
+//	06 delta      u64 w, u32 slot, u32 base, u16 n, [block]
+//
+// A delta is the page in the slot base, changed by the next n bytes of the
+// deltas as package compress says; it is kept in the slot. The contents are
+// pages one after the other, and operations use up both.
+//
+// # The page store
+//
+// Pages that were sent are kept at both sides, up to a number that the smaller
+// of their limits allows. Operations 04 and 06 write a slot, in the order of the
+// stream, so that at each operation the source knows what each slot of the
+// destination has, without an answer. Which slot that is, and what is replaced
+// when all are in use, is the source's choice alone: the destination has an
+// array of pages and nothing else. Slots have 4096 bytes; the pages of other
+// sizes are all sent as 03. A slot is written if it was written before or all
+// before it were, and read if it was written.
+//
+// An equal page is found by a hash and then compared, byte for byte, so that a
+// reference never stands on a hash.
 //
 // # Frames from Dest to Source
 //

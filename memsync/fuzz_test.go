@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"slices"
 	"sync"
 	"testing"
@@ -42,7 +43,7 @@ func draw(t *rapid.T) []byte {
 					s.zero(page+1+i, "")
 				}
 			case 2, 3:
-				s.page(page, name, content(uint64(page)))
+				s.page(page, name, version(t, page))
 			case 4:
 				s.at(page, flagXbzrle, name)
 				delta := rapid.SliceOfN(rapid.Byte(), 0, 300).Draw(t, "delta")
@@ -67,6 +68,15 @@ func draw(t *rapid.T) []byte {
 	return s.Bytes()
 }
 
+// version is a page of few contents, with few changes.
+func version(t *rapid.T, page int) []byte {
+	p := content(uint64(page % 5))
+	for range rapid.IntRange(0, 3).Draw(t, "changes") {
+		p[rapid.IntRange(0, testPage-1).Draw(t, "at")] = rapid.Byte().Draw(t, "value")
+	}
+	return p
+}
+
 func TestAnyStream(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		data := draw(t)
@@ -88,7 +98,8 @@ func TestAnyStream(t *testing.T) {
 		if len(sizes) > 0 && slices.Max(sizes) < 10 {
 			sizes = append(sizes, 5000) // one byte at a time is for TestReadSizes
 		}
-		c := carry(data, sizes...)
+		store := rapid.SampledFrom([]int64{0, 1, 1, 2, 3, 10, 1000}).Draw(t, "slots") * storePage
+		c := carryStored(store, data, sizes...)
 		if !bytes.Equal(c.out, data) || c.dest != nil {
 			t.Fatalf("%d bytes became %d, source: %v, destination: %v", len(data), len(c.out), c.src, c.dest)
 		}
@@ -129,18 +140,25 @@ func FuzzDest(f *testing.F) {
 	f.Add(pack(startFrame, bytesFrame([]byte("memory")), []byte{frameTail}, bytesFrame([]byte("state")), endFrame(11)))
 	f.Add(pack(startFrame, opsFrame(0, zeroOp(flagZero|flagContinue, 1000)...), endFrame(9000)))
 	f.Add(pack(startFrame, opsFrame(0, zeroOp(flagZero, 1, 1, 'a')...)))
-	f.Add(pack(startFrame, opsFrame(0, append([]byte{opPage, 0, 0, 0, 0, 0, 0, 0, flagPage | flagContinue}, content(1)...)...)))
+	f.Add(pack(startFrame, sectionsFrame(0, pageOp(opPage), nil, content(1))))
+	f.Add(pack(startFrame, kept(0, content(1)), opsFrame(0, pageOp(opReference, 0)...), kept(1, content(2)),
+		sectionsFrame(0, deltaOp(2, 1, 3), []byte("\x09\x01\x01"), nil), opsFrame(0, pageOp(opReference, 2)...)))
 	f.Add(pack([]byte{frameTail}))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		frames, qemu := newChannel(), newSink()
-		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Dial: dialTo(qemu), Gate: open})
+		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Dial: dialTo(qemu), Gate: open, Store: testSlots * storePage})
 		var wg sync.WaitGroup
 		wg.Go(func() { d.Run(ctx); cancel() })
+		shadow, err := newUnbatch(testSlots)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer shadow.close()
 		for len(data) >= 2 {
 			n := min(int(binary.BigEndian.Uint16(data)), len(data)-2)
-			frames.Send(ctx, withChecksum(data[2:2+n]))
+			frames.Send(ctx, withChecksum(shadow, data[2:2+n]))
 			data = data[2+n:]
 		}
 		frames.closeSend()
@@ -148,19 +166,60 @@ func FuzzDest(f *testing.F) {
 		if ctx.Err() == context.DeadlineExceeded {
 			t.Fatal("Run did not end")
 		}
-		if cap(d.in.out) > 2*maxStream || cap(d.in.ops) > 4*maxOps {
-			t.Fatalf("hostile frames took %d and %d bytes", cap(d.in.out), cap(d.in.ops))
+		if d.in == nil {
+			return
+		}
+		taken := cap(d.in.out)
+		for _, s := range d.in.decoded {
+			taken += cap(s)
+		}
+		if taken > 2*(maxStream+maxOps+maxStream+maxStream/storePage*maxDelta) {
+			t.Fatalf("hostile frames took %d bytes", taken)
 		}
 	})
 }
 
-func withChecksum(frame []byte) []byte {
+// FuzzBatch decodes a batch of any sections twice, the second time with the
+// checksum of what the first gave, by a store of four slots with two filled.
+func FuzzBatch(f *testing.F) {
+	page := content(1)
+	f.Add(uint8(12), slices.Concat(pageOp(opReference, 1), pageOp(opKeep, 2), deltaOp(3, 2, 3), deltaOp(3, 3, 0)), []byte("\x09\x01\x01"), page)
+	f.Add(uint8(12), pageOp(opReference, 2), []byte{}, []byte{})
+	f.Add(uint8(12), deltaOp(0, 1, 4), []byte("\xff\x1f\x01\x01"), []byte{})
+	f.Add(uint8(13), pageOp(opPage), []byte{}, append(page, page...))
+	f.Add(uint8(12), append(zeroOp(flagZero, 1, 1, 'a'), zeroOp(flagZero|flagContinue, 500)...), []byte{}, []byte{})
+	f.Fuzz(func(t *testing.T, bits uint8, ops, deltas, contents []byte) {
+		decode := func(frame []byte) (*unbatch, error) {
+			u, err := newUnbatch(testSlots)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { u.close() })
+			u.store.put(0, content(2))
+			u.store.put(1, content(3))
+			_, err = u.decode(frame)
+			return u, err
+		}
+		frame := sectionsFrame(0, ops, deltas, contents)
+		frame[1] = bits
+		u, err := decode(frame)
+		if err != nil && !errors.Is(err, ErrFrame) {
+			t.Fatal(err)
+		}
+		binary.BigEndian.PutUint32(frame[2:], checksum(u.out))
+		if u, err = decode(frame); err == nil && len(u.out) == 0 || len(u.out) > maxStream || u.store.filled > testSlots {
+			t.Fatalf("%d stream bytes, %d slots are filled, error %v", len(u.out), u.store.filled, err)
+		}
+	})
+}
+
+// withChecksum seals a batch; shadow has the page store of those before it.
+func withChecksum(shadow *unbatch, frame []byte) []byte {
 	if len(frame) < batchHeader || frame[0] != frameBatch {
 		return frame
 	}
 	frame = bytes.Clone(frame)
-	var u unbatch
-	u.decode(frame)
-	binary.BigEndian.PutUint32(frame[7:], checksum(u.out))
+	shadow.decode(frame)
+	binary.BigEndian.PutUint32(frame[2:], checksum(shadow.out))
 	return frame
 }

@@ -439,24 +439,3 @@ func TestCaptured(t *testing.T) {
 		})
 	}
 }
-
-func BenchmarkCaptured(b *testing.B) {
-	data, _ := captured(b, "pc")
-	b.Run("encode", func(b *testing.B) {
-		b.SetBytes(int64(len(data)))
-		b.ReportAllocs()
-		for b.Loop() {
-			encode(b, data, drop{})
-		}
-	})
-	b.Run("decode", func(b *testing.B) {
-		var k keep
-		encode(b, data, &k)
-		var u unbatch
-		b.SetBytes(int64(len(data)))
-		b.ReportAllocs()
-		for b.Loop() {
-			decode(b, k.frames, &u)
-		}
-	})
-}

@@ -215,7 +215,7 @@ func (s *Source) sizes(ctx context.Context, total uint64) error {
 		if id == "" || s.blocks[id] != nil || length != pages<<s.pageBits || length > left || len(s.blocks) == maxBlocks {
 			return errForeign
 		}
-		s.blocks[id] = newBlock(pages)
+		s.blocks[id] = newBlock(pages, (total-left)>>s.pageBits)
 		left -= length
 		if err := s.pass(ctx, n+8); err != nil {
 			return err
@@ -288,7 +288,7 @@ func (s *Source) page(ctx context.Context, word uint64) error {
 	if err := s.room(ctx, head+size); err != nil {
 		return err
 	}
-	s.batch.addPage(word, b[8:head], b[head:])
+	s.reduce(word, b[8:head], b[head:])
 	s.step(head + size)
 	return nil
 }

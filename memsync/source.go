@@ -29,6 +29,10 @@ type SourceConfig struct {
 	Frames frameWriter // to Dest
 	Return frameReader // from Dest
 
+	// Store is how many bytes of pages are kept here and at the destination,
+	// which allows as much, so that they need not be sent again.
+	Store int64
+
 	// Pace is called before each read with the number of bytes that the last
 	// read returned, at most 64 KiB and 0 at first. While it blocks, QEMU's
 	// socket fills and QEMU sends no more. An error ends Run.
@@ -58,6 +62,7 @@ type Source struct {
 
 	in      input
 	batch   batch
+	index   *index // nil without a page store
 	crc     uint32 // of the batch's stream bytes up to in.summed
 	started bool
 	ended   atomic.Bool
@@ -104,6 +109,7 @@ func (s *Source) Opaque() bool { return s.Stats().Opaque }
 
 func (s *Source) publish() {
 	s.stats.PageSize = 1 << s.pageBits
+	s.stats.Reduction = s.batch.counts
 	s.mu.Lock()
 	s.published = s.stats
 	s.mu.Unlock()
@@ -126,14 +132,17 @@ func (s *Source) Run(ctx context.Context) error {
 			cancel(fmt.Errorf("receive return path from the destination: %w", err))
 		}
 	})
-	err := s.stream(ctx)
+	err := s.openStore()
+	if err == nil {
+		err = s.stream(ctx)
+	}
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
 	cancel(err)
 	wg.Wait()
 	s.publish()
-	return err
+	return errors.Join(err, s.closeStore())
 }
 
 func (s *Source) stream(ctx context.Context) error {
@@ -275,6 +284,7 @@ func (s *Source) send(ctx context.Context, frame []byte) error {
 	if !s.started {
 		s.started = true
 		start := binary.BigEndian.AppendUint16([]byte{frameStart}, Version)
+		start = binary.BigEndian.AppendUint32(start, slotsIn(s.cfg.Store))
 		if err := s.send(ctx, start); err != nil {
 			return err
 		}

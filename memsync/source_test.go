@@ -30,7 +30,7 @@ func TestRoundTrip(t *testing.T) {
 	}
 	got := c.source.Stats()
 	wire := got.WireBytes
-	got.WireBytes = 0
+	got.WireBytes, got.Reduction = 0, Reduction{}
 	want := Stats{
 		StreamBytes: uint64(len(data)),
 		Pages:       150 + 3 + 1,
@@ -256,7 +256,7 @@ func (p *qemuPair) expect(t *testing.T, want ...byte) {
 // sent returns the stream bytes in the frames so far and the number of ends.
 func (p *qemuPair) sent(t *testing.T) (out []byte, ends int) {
 	t.Helper()
-	var u unbatch
+	u := noStore(t)
 	for {
 		select {
 		case f := <-p.frames.frames:

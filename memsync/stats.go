@@ -14,8 +14,48 @@ type Stats struct {
 	PageSize    uint64 // bytes
 	UnseenPages uint64 // pages never sent yet: what is left of the first pass
 
+	Reduction Reduction
+
 	Tail   bool // the RAM section has ended
 	Opaque bool // the stream was not understood before the RAM section's end
+}
+
+// Count is what was sent of pages of one kind.
+type Count struct {
+	Pages       uint64
+	StreamBytes uint64 // of QEMU's stream
+	WireBytes   uint64 // of the frames, without their headers
+}
+
+func (c *Count) add(d Count) {
+	c.Pages += d.Pages
+	c.StreamBytes += d.StreamBytes
+	c.WireBytes += d.WireBytes
+}
+
+// Reduction says as what the pages of a stream were sent. Pages that QEMU has
+// encoded itself, or that a silence of QEMU cut in two, are not in it.
+type Reduction struct {
+	Zero      Count // pages of zeros
+	Reference Count // pages equal to one that the destination has in its page store
+	Delta     Count // changes against a page that the destination has in its page store
+	Data      Count // pages, compressed where that helps
+}
+
+// kind is a kind of operation.
+type kind int
+
+const (
+	kindZero kind = iota
+	kindReference
+	kindDelta
+	kindData
+	kindOther // not a page
+	kinds
+)
+
+func (r *Reduction) of(k kind) *Count {
+	return [...]*Count{kindZero: &r.Zero, kindReference: &r.Reference, kindDelta: &r.Delta, kindData: &r.Data}[k]
 }
 
 const seenChunk = 1 << 15 // pages
@@ -23,11 +63,23 @@ const seenChunk = 1 << 15 // pages
 // block is a RAM block of the guest.
 type block struct {
 	pages uint64
+	first uint64     // pages of the blocks before
 	seen  [][]uint64 // a bitmap in chunks, made when a page in them is seen
+	bases [][]uint32 // 1 + the slot that had a page's last content, in chunks; it may have another by now
 }
 
-func newBlock(pages uint64) *block {
-	return &block{pages: pages, seen: make([][]uint64, (pages+seenChunk-1)/seenChunk)}
+func newBlock(pages, first uint64) *block {
+	chunks := (pages + seenChunk - 1) / seenChunk
+	return &block{pages: pages, first: first, seen: make([][]uint64, chunks), bases: make([][]uint32, chunks)}
+}
+
+// base is where the slot of a page's last content is kept, plus 1.
+func (b *block) base(page uint64) *uint32 {
+	chunk := &b.bases[page/seenChunk]
+	if *chunk == nil {
+		*chunk = make([]uint32, seenChunk)
+	}
+	return &(*chunk)[page%seenChunk]
 }
 
 // see marks a page and tells whether it is seen for the first time.

@@ -321,17 +321,21 @@ func (t *tap) Send(ctx context.Context, frame []byte) error {
 	return t.channel.Send(ctx, frame)
 }
 
-// carry takes a stream through Source and Dest.
-func carry(data []byte, sizes ...int) carried {
+// carry takes a stream through Source and Dest, with a page store that all but
+// the longest fit into.
+func carry(data []byte, sizes ...int) carried { return carryStored(100*storePage, data, sizes...) }
+
+// carryStored is carry with a page store of so many bytes.
+func carryStored(store int64, data []byte, sizes ...int) carried {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	frames, returns, qemu := &tap{channel: newChannel()}, newChannel(), newSink()
 	var c carried
 	c.source = NewSource(SourceConfig{
 		QEMU: &script{data: data, sizes: sizes}, Frames: frames, Return: returns,
-		OnTail: func() { c.tails++ },
+		OnTail: func() { c.tails++ }, Store: store,
 	})
-	dest := NewDest(DestConfig{Frames: frames, Return: returns, Dial: dialTo(qemu), Gate: open})
+	dest := NewDest(DestConfig{Frames: frames, Return: returns, Dial: dialTo(qemu), Gate: open, Store: store})
 	var wg sync.WaitGroup
 	wg.Go(func() { c.dest = dest.Run(ctx) })
 	c.src = c.source.Run(ctx)

@@ -27,6 +27,9 @@ type Config struct {
 	Spool    string // folder of the outboxes' spool files
 	Memory   int64  // bytes of memory for the outboxes of one move
 	SpoolMax int64  // bytes of spool for one move
+	// PageStore is how many bytes of the memory of one guest that moves are kept
+	// so that they need not be sent again, if the other side keeps as many.
+	PageStore int64
 	// Dial opens a session to a site by its name; Known names the site of a peer.
 	Dial  func(ctx context.Context, site string) (*tunnel.Session, error)
 	Known func(tunnel.ID) string

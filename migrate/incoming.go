@@ -224,7 +224,7 @@ func (in *incoming) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return in.ctl.send(ctx, kindPrepared, prepared{Cookie: in.virt.Cookie})
+	return in.ctl.send(ctx, kindPrepared, prepared{Cookie: in.virt.Cookie, PageStore: in.PageStore})
 }
 
 // createDisks makes the disks. What will be made stands in the journal before it
@@ -436,7 +436,7 @@ func (in *incoming) receiveMemory(ctx context.Context, ch *tunnel.Channel) error
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", in.ramPath)
 	}
-	return memsync.NewDest(memsync.DestConfig{Frames: ch, Return: ch, Dial: dial, Gate: in.awaitDurable}).Run(ctx)
+	return memsync.NewDest(memsync.DestConfig{Frames: ch, Return: ch, Dial: dial, Gate: in.awaitDurable, Store: in.PageStore}).Run(ctx)
 }
 
 // accept makes the guest ours and lets it run. Nothing but libvirt's own failure

@@ -2,6 +2,8 @@ package migrate
 
 import (
 	"time"
+
+	"github.com/wanmig/wanmig/memsync"
 )
 
 const (
@@ -75,6 +77,7 @@ func (sy *syncer) show(gauges []gauge, stream, wire, drain *gauge) {
 		st.Memory.Size, st.Memory.Stream, st.Memory.Wire = int64(mem.RAMBytes), int64(mem.StreamBytes), int64(mem.WireBytes)
 		st.Memory.Rate = stream.add(int64(mem.StreamBytes), now)
 		st.Memory.Opaque = mem.Opaque
+		st.Memory.Reduction = memoryReduction(mem.Reduction, mem.PageSize)
 		st.Memory.Held = mem.RAMBytes > 0 && st.Phase == PhaseSync && !memoryMayRead(sy.load())
 		if mem.StreamBytes > 0 && st.Memory.Round == 0 {
 			st.Memory.Round = 1
@@ -86,6 +89,18 @@ func (sy *syncer) show(gauges []gauge, stream, wire, drain *gauge) {
 			RTTMS: float64(link.RTT.Microseconds()) / 1000}
 		st.ETAMS = eta(st, left).Milliseconds()
 	})
+}
+
+// memoryReduction is nil before the first page.
+func memoryReduction(r memsync.Reduction, pageSize uint64) *MemoryReduction {
+	of := func(c memsync.Count) Reduced {
+		return Reduced{Pages: int64(c.Pages), Bytes: int64(c.Pages * pageSize), Wire: int64(c.WireBytes)}
+	}
+	m := MemoryReduction{Zero: of(r.Zero), Reference: of(r.Reference), Delta: of(r.Delta), Data: of(r.Data)}
+	if m == (MemoryReduction{}) {
+		return nil
+	}
+	return &m
 }
 
 // showJob adds what only QEMU knows: rounds, dirty rate and what remains.

@@ -75,6 +75,9 @@ func (s *source) summarise(err error) {
 			r.DiskBytes += d.Sent
 		}
 		r.MemoryBytes, r.MemoryRounds = st.Memory.Stream, st.Memory.Round
+		if st.Memory.Reduction != nil {
+			r.Reduction = &Reduction{Memory: *st.Memory.Reduction}
+		}
 		for _, f := range st.Findings {
 			if f.Fatal {
 				continue

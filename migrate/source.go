@@ -198,7 +198,7 @@ func (s *source) transfer(ctx context.Context) error {
 	}
 	s.prepareRedirect(ctx)
 	s.move.phase(PhaseSync)
-	sy, err := s.startSync(ctx, ready.Cookie)
+	sy, err := s.startSync(ctx, ready)
 	if err != nil {
 		return s.step(handoff.Failed, err)
 	}

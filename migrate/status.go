@@ -91,6 +91,28 @@ type Memory struct {
 	Round     int   `json:"round"`      // pre-copy passes begun
 	Held      bool  `json:"held"`       // waiting for the disk backlog
 	Opaque    bool  `json:"opaque,omitempty"`
+
+	Reduction *MemoryReduction `json:"reduction,omitempty"` // nil until memory is sent
+}
+
+// MemoryReduction says as what the pages of a guest's memory were sent.
+type MemoryReduction struct {
+	Zero      Reduced `json:"zero"`      // pages of zeros
+	Reference Reduced `json:"reference"` // pages equal to one sent before
+	Delta     Reduced `json:"delta"`     // changes to a page sent before
+	Data      Reduced `json:"data"`      // pages, compressed where that helps
+}
+
+// Reduced is what was sent in one way.
+type Reduced struct {
+	Pages int64 `json:"pages"`
+	Bytes int64 `json:"bytes"` // of the guest's memory
+	Wire  int64 `json:"wire"`  // sent for them
+}
+
+// Reduction says as what the content of a guest was sent.
+type Reduction struct {
+	Memory MemoryReduction `json:"memory"`
 }
 
 // Link is what the session to the peer has carried, in bytes of UDP payload.
@@ -127,20 +149,22 @@ func (d Downtime) total() int64 {
 
 // Result is how a move ended: the one JSON object of `wanmig move --json`.
 type Result struct {
-	Result            string    `json:"result"` // done, rolled-back, refused, checked or in-doubt; of the command: detached or unknown
-	Move              string    `json:"move"`
-	VM                string    `json:"vm"`
-	To                string    `json:"to"`
-	TotalMS           int64     `json:"total_ms"`
-	DowntimeMS        int64     `json:"downtime_ms"`
-	Downtime          Downtime  `json:"downtime"`
-	WireBytesSent     uint64    `json:"wire_bytes_sent"`
-	WireBytesReceived uint64    `json:"wire_bytes_received"`
-	DiskBytes         int64     `json:"disk_bytes"`   // disk content sent, before reduction
-	MemoryBytes       int64     `json:"memory_bytes"` // RAM stream sent, before reduction
-	MemoryRounds      int       `json:"memory_rounds"`
-	Notices           []string  `json:"notices,omitempty"`
-	Findings          []Finding `json:"findings,omitempty"`
+	Result            string   `json:"result"` // done, rolled-back, refused, checked or in-doubt; of the command: detached or unknown
+	Move              string   `json:"move"`
+	VM                string   `json:"vm"`
+	To                string   `json:"to"`
+	TotalMS           int64    `json:"total_ms"`
+	DowntimeMS        int64    `json:"downtime_ms"`
+	Downtime          Downtime `json:"downtime"`
+	WireBytesSent     uint64   `json:"wire_bytes_sent"`
+	WireBytesReceived uint64   `json:"wire_bytes_received"`
+	DiskBytes         int64    `json:"disk_bytes"`   // disk content sent, before reduction
+	MemoryBytes       int64    `json:"memory_bytes"` // RAM stream sent, before reduction
+	MemoryRounds      int      `json:"memory_rounds"`
+	// Reduction tells as what memory was sent; nil when none was.
+	Reduction *Reduction `json:"reduction,omitempty"`
+	Notices   []string   `json:"notices,omitempty"`
+	Findings  []Finding  `json:"findings,omitempty"`
 	// Redirect tells what a redirect would change, of a move that was only checked.
 	Redirect *RedirectPlan `json:"redirect,omitempty"`
 	// Redirected tells how connections go on after the move; nil where they do not.

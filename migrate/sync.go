@@ -20,18 +20,19 @@ import (
 // its QEMU mirrors into, an outbox and a sender per disk, the memory stream,
 // and libvirt's Perform. Each may fail the whole.
 type syncer struct {
-	s       *source
-	ctx     context.Context
-	end     context.CancelCauseFunc
-	failed  sync.Once
-	unlink  func() bool // from the move's own context
-	work    sync.WaitGroup
-	budget  *blocksync.Budget
-	disks   []*outgoingDisk
-	memory  atomic.Pointer[memsync.Source] // nil until QEMU begins with memory
-	strict  bool                           // of the memory goroutine
-	hooked  bool                           // of the memory goroutine: the hook before the stop has run
-	unwatch func()
+	s         *source
+	ctx       context.Context
+	end       context.CancelCauseFunc
+	failed    sync.Once
+	unlink    func() bool // from the move's own context
+	work      sync.WaitGroup
+	budget    *blocksync.Budget
+	disks     []*outgoingDisk
+	memory    atomic.Pointer[memsync.Source] // nil until QEMU begins with memory
+	pageStore int64                          // bytes of memory that both sides keep
+	strict    bool                           // of the memory goroutine
+	hooked    bool                           // of the memory goroutine: the hook before the stop has run
+	unwatch   func()
 
 	memoryDone chan error     // the memory stream's end
 	performed  chan performed // libvirt's Perform's end
@@ -54,11 +55,12 @@ type performed struct {
 }
 
 // startSync opens the channels and the two sockets and starts everything.
-func (s *source) startSync(parent context.Context, cookie []byte) (*syncer, error) {
+func (s *source) startSync(parent context.Context, ready prepared) (*syncer, error) {
 	ctx, end := context.WithCancelCause(context.WithoutCancel(parent))
-	sy := &syncer{s: s, ctx: ctx, end: end, memoryDone: make(chan error, 1), performed: make(chan performed, 1)}
+	sy := &syncer{s: s, ctx: ctx, end: end, memoryDone: make(chan error, 1), performed: make(chan performed, 1),
+		pageStore: min(s.PageStore, ready.PageStore)}
 	sy.unlink = context.AfterFunc(parent, func() { sy.fail(context.Cause(parent)) })
-	if err := sy.start(cookie); err != nil {
+	if err := sy.start(ready.Cookie); err != nil {
 		sy.stop()
 		return nil, err
 	}
@@ -168,7 +170,7 @@ func (sy *syncer) stream(l net.Listener, ch *tunnel.Channel) error {
 	}
 	l.Close()
 	sy.notePeak()
-	memory := memsync.NewSource(memsync.SourceConfig{QEMU: conn, Frames: ch, Return: ch, Pace: sy.pace, OnTail: sy.seal})
+	memory := memsync.NewSource(memsync.SourceConfig{QEMU: conn, Frames: ch, Return: ch, Store: sy.pageStore, Pace: sy.pace, OnTail: sy.seal})
 	sy.memory.Store(memory)
 	err = memory.Run(sy.ctx)
 	if err != nil && !errors.Is(err, memsync.ErrAborted) && sy.ctx.Err() == nil {

@@ -118,7 +118,8 @@ type prepare struct {
 }
 
 type prepared struct {
-	Cookie []byte `json:"cookie"`
+	Cookie    []byte `json:"cookie"`
+	PageStore int64  `json:"page_store,omitempty"` // bytes of the guest's memory that may be kept here
 }
 
 type offer struct {

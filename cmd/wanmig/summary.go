@@ -75,7 +75,7 @@ func summary(r migrate.Result) string {
 		line("sent", size(int64(r.WireBytesSent))+unless(moved == 0, fmt.Sprintf(", %s of %s of disks and %s of memory",
 			percent(int64(r.WireBytesSent), moved), size(r.DiskBytes), size(r.MemoryBytes))))
 		line("received", size(int64(r.WireBytesReceived)))
-		line("memory", unless(r.MemoryRounds == 0, count(r.MemoryRounds, "round")))
+		line("memory", join(": ", unless(r.MemoryRounds == 0, count(r.MemoryRounds, "round")), reduced(r.Reduction)))
 	}
 	var mapped map[netip.Addr]netip.Addr
 	if r.Redirected != nil {
@@ -99,6 +99,18 @@ func summary(r migrate.Result) string {
 		b.WriteString(listSteps("would be typed here", r.Redirect.Source) + listSteps("would be typed at "+to, r.Redirect.Destination))
 	}
 	return b.String()
+}
+
+// reduced tells as what memory was sent.
+func reduced(r *migrate.Reduction) string {
+	if r == nil {
+		return ""
+	}
+	part := func(what string, p migrate.Reduced) string {
+		return unless(p.Pages == 0, size(p.Bytes)+" "+what+" in "+size(p.Wire))
+	}
+	m := r.Memory
+	return join(", ", part("zero", m.Zero), part("known", m.Reference), part("changed", m.Delta), part("new", m.Data))
 }
 
 // downtime tells on what each side spent the time that the guest did not run.

@@ -49,6 +49,9 @@ func TestMoves(t *testing.T) {
 			}()
 			r := w.move(lab.LocalDC, c.vm.Name, lab.RemoteDC, append([]string{"--paused", "--keep-source"}, c.move...)...)
 			t.Logf("%d ms, %d MiB sent for %d MiB of disks and %d MiB of memory", r.TotalMS, r.WireBytesSent>>20, r.DiskBytes>>20, r.MemoryBytes>>20)
+			if m := r.Reduction; m == nil || m.Memory.Zero.Pages == 0 || m.Memory.Reference.Pages == 0 || m.Memory.Data.Pages == 0 {
+				t.Errorf("memory was not reduced: %+v", m)
+			}
 			if here, there := w.state(lab.LocalDC, c.vm.Name), w.state(lab.RemoteDC, c.vm.Name); here != "absent" || there != "paused" {
 				t.Fatalf("the guest is %s at the source and %s at the destination", here, there)
 			}

@@ -1,0 +1,183 @@
+package memsync
+
+import (
+	"encoding/binary"
+
+	"github.com/wanmig/wanmig/compress"
+)
+
+// batch collects operations until they are sent as one frame.
+type batch struct {
+	pageBits uint8
+	sections [sections][]byte
+	stream   int    // stream bytes that the operations stand for
+	last     int    // where the last operation begins in its section
+	next     uint64 // the word that would extend the last operation, a run of zero pages
+	frame    []byte
+
+	encode func(dst, src []byte) ([]byte, compress.Method)
+
+	bytes  [kinds]int // of the operations
+	counts Reduction  // since seal was first called, without the batch that is open
+	open   Reduction  // of the batch that is open, without wire bytes
+}
+
+func newBatch() batch {
+	b := batch{pageBits: defaultPageBits, encode: compress.Encode}
+	room := batchHeader
+	for i := range b.sections {
+		b.sections[i] = make([]byte, 0, most[i])
+		room += sectionHeader + int(most[i])
+	}
+	b.frame = make([]byte, 0, room)
+	return b
+}
+
+// fits tells whether the batch has room for n more bytes of the stream.
+func (b *batch) fits(n int) bool { return b.stream+n <= maxStream }
+
+func (b *batch) lastIs(op byte) bool { return b.stream > 0 && b.sections[sectionOps][b.last] == op }
+
+func (b *batch) addBytes(p []byte) {
+	ops := b.sections[sectionOps]
+	if !b.lastIs(opBytes) {
+		b.last = len(ops)
+		ops = append(ops, opBytes, 0, 0, 0, 0)
+		b.bytes[kindOther] += sizeOverhead
+	}
+	ops = append(ops, p...)
+	binary.BigEndian.PutUint32(ops[b.last+1:], uint32(len(ops)-b.last-sizeOverhead))
+	b.sections[sectionOps] = ops
+	b.bytes[kindOther] += len(p)
+	b.stream += len(p)
+}
+
+// addZero takes the word of a zero page and the record's block, empty if the
+// record continues the block of the one before.
+func (b *batch) addZero(word uint64, block []byte) {
+	ops := b.sections[sectionOps]
+	extends := b.lastIs(opZero) && b.next == word
+	b.count(kindZero, 8+len(block)+1)
+	if extends {
+		count := ops[b.last+9:]
+		binary.BigEndian.PutUint32(count, binary.BigEndian.Uint32(count)+1)
+		b.next += 1 << b.pageBits
+		return
+	}
+	b.begin(kindZero, opZero, word)
+	b.number(1)
+	b.finish(kindZero, block)
+	b.next = 0 // no word of a zero page
+	if len(block) == 0 {
+		b.next = word + 1<<b.pageBits
+	}
+}
+
+// addPage takes a page that is not kept.
+func (b *batch) addPage(word uint64, block, page []byte) {
+	b.count(kindData, 8+len(block)+len(page))
+	b.begin(kindData, opPage, word)
+	b.finish(kindData, block)
+	b.sections[sectionContents] = append(b.sections[sectionContents], page...)
+}
+
+// addKept takes a page that goes to a slot of the page store.
+func (b *batch) addKept(word uint64, slot uint32, block, page []byte) {
+	b.count(kindData, 8+len(block)+len(page))
+	b.begin(kindData, opKeep, word)
+	b.number(slot)
+	b.finish(kindData, block)
+	b.sections[sectionContents] = append(b.sections[sectionContents], page...)
+}
+
+// addReference takes a page that is in a slot of the page store.
+func (b *batch) addReference(word uint64, slot uint32, block []byte) {
+	b.count(kindReference, 8+len(block)+storePage)
+	b.begin(kindReference, opReference, word)
+	b.number(slot)
+	b.finish(kindReference, block)
+}
+
+// tryDelta puts the delta of a page against its old content at the end of the
+// deltas. It returns its length; false, with nothing changed, if it is too long.
+func (b *batch) tryDelta(old, page []byte) (int, bool) {
+	before := len(b.sections[sectionDeltas])
+	var ok bool
+	b.sections[sectionDeltas], ok = compress.AppendDelta(b.sections[sectionDeltas], old, page, maxDelta)
+	return len(b.sections[sectionDeltas]) - before, ok
+}
+
+// addDelta takes the page of the delta that tryDelta made.
+func (b *batch) addDelta(word uint64, slot, base uint32, length int, block []byte) {
+	b.count(kindDelta, 8+len(block)+storePage)
+	b.begin(kindDelta, opDelta, word)
+	b.number(slot)
+	b.number(base)
+	b.sections[sectionOps] = binary.BigEndian.AppendUint16(b.sections[sectionOps], uint16(length))
+	b.finish(kindDelta, block)
+}
+
+func (b *batch) begin(k kind, op byte, word uint64) {
+	b.last = len(b.sections[sectionOps])
+	b.sections[sectionOps] = binary.BigEndian.AppendUint64(append(b.sections[sectionOps], op), word)
+}
+
+func (b *batch) number(n uint32) {
+	b.sections[sectionOps] = binary.BigEndian.AppendUint32(b.sections[sectionOps], n)
+}
+
+// finish ends an operation with its block.
+func (b *batch) finish(k kind, block []byte) {
+	b.sections[sectionOps] = append(b.sections[sectionOps], block...)
+	b.bytes[k] += len(b.sections[sectionOps]) - b.last
+}
+
+// count notes a page whose record has n bytes of the stream.
+func (b *batch) count(k kind, n int) {
+	b.stream += n
+	c := b.open.of(k)
+	c.Pages++
+	c.StreamBytes += uint64(n)
+}
+
+// seal returns the frame of the batch, valid until the next call, and empties
+// the batch. crc is the checksum of its stream bytes.
+func (b *batch) seal(crc uint32) []byte {
+	f := append(b.frame[:0], frameBatch, b.pageBits)
+	f = binary.BigEndian.AppendUint32(f, crc)
+	var wire [sections]int
+	for i, src := range b.sections {
+		head := len(f)
+		f = append(f, make([]byte, sectionHeader)...)
+		var method compress.Method
+		f, method = b.encode(f, src)
+		wire[i] = len(f) - head - sectionHeader
+		f[head] = byte(method)
+		binary.BigEndian.PutUint32(f[head+1:], uint32(len(src)))
+		binary.BigEndian.PutUint32(f[head+5:], uint32(wire[i]))
+	}
+	b.account(wire)
+	b.frame = f
+	for i := range b.sections {
+		b.sections[i] = b.sections[i][:0]
+	}
+	b.stream, b.bytes = 0, [kinds]int{}
+	return f
+}
+
+// account adds the batch to the counts. Operations of all kinds are compressed
+// together: each kind has its part of their wire bytes by its part of their
+// bytes.
+func (b *batch) account(wire [sections]int) {
+	b.open.Delta.WireBytes = uint64(wire[sectionDeltas])
+	b.open.Data.WireBytes = uint64(wire[sectionContents])
+	if ops := len(b.sections[sectionOps]); ops > 0 {
+		for k := range kindOther {
+			b.open.of(k).WireBytes += uint64(wire[sectionOps] * b.bytes[k] / ops)
+		}
+	}
+	for k := range kindOther {
+		b.counts.of(k).add(*b.open.of(k))
+	}
+	b.open = Reduction{}
+}
