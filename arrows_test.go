@@ -40,6 +40,7 @@ var arrows = map[string][]string{
 
 	// Of tests alone.
 	"netredirect/internal/kerneltest": {"lab"},
+	"netredirect/internal/testnet":    {},
 }
 
 // owners are the packages that alone may import a library.

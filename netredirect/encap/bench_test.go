@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
 // TestThroughput measures TCP of a client through a tunnel of ours and, beside it, through the same hosts by plain
@@ -15,9 +17,9 @@ import (
 //	client --- source ===== destination --- vm
 func TestThroughput(t *testing.T) {
 	client, source, destination, vm := newSpace(t, "client"), newSpace(t, "source"), newSpace(t, "destination"), newSpace(t, "vm")
-	wire(client, "eth0", source, "lan")
-	wire(source, "wan", destination, "wan")
-	wire(destination, "lan", vm, "eth0")
+	testnet.Join(client.Space, "eth0", source.Space, "lan")
+	testnet.Join(source.Space, "wan", destination.Space, "wan")
+	testnet.Join(destination.Space, "lan", vm.Space, "eth0")
 	client.ip(`addr add 10.1.0.2/24 dev eth0
 		addr add fd01::2/64 dev eth0 nodad
 		route add default via 10.1.0.1
@@ -98,7 +100,7 @@ func measureOnce(t *testing.T, client *space, to string) float64 {
 	var out string
 	var err error
 	for range 50 { // until the server listens
-		if out, err = client.try("iperf3", "-c", to, "-t", "2", "-J"); err == nil {
+		if out, err = client.Try("iperf3 -c " + to + " -t 2 -J"); err == nil {
 			break
 		}
 		time.Sleep(100 * time.Millisecond)

@@ -42,7 +42,7 @@ func newDatagramPair(t *testing.T) *datagramPair {
 	open := func(s *space, c Config) (tunnel *DatagramTunnel) {
 		t.Helper()
 		c.MTU, c.Log = 1280, testLog(t)
-		s.do(func() (err error) {
+		s.Must(func() (err error) {
 			tunnel, err = OpenDatagrams(c)
 			return err
 		})
@@ -63,7 +63,7 @@ func (p *datagramPair) dial(port int) (near, far udpDatagrams) {
 	two := &net.UDPAddr{IP: outer4Ends.peer.AsSlice(), Port: port}
 	dial := func(s *space, from, to *net.UDPAddr) (d udpDatagrams) {
 		t.Helper()
-		s.do(func() error {
+		s.Must(func() error {
 			c, err := net.DialUDP("udp", from, to)
 			d = udpDatagrams{c, 1400}
 			return err
@@ -79,14 +79,14 @@ func TestDatagrams(t *testing.T) {
 	p.peer.echo(":7")
 	echo4, echo6 := net.JoinHostPort(vm4.String(), "7"), net.JoinHostPort(vm6.String(), "7")
 
-	p.client.try("ping", "-c", "1", "-W", "0.1", vm4.String())
+	p.client.Try("ping -c 1 -W 0.1 " + vm4.String())
 	await(t, p.near.Tunnel, "one unsent", func(s Stats) bool { return s.Drops.Unsent == 1 })
 
 	near, far := p.dial(5001)
 	p.near.Attach(near)
 	p.far.Attach(far)
-	p.client.command("ping", "-c", "1", "-W", "5", vm4.String())
-	p.client.command("ping", "-c", "1", "-W", "5", vm6.String())
+	p.client.Sh("ping -c 1 -W 5 " + vm4.String())
+	p.client.Sh("ping -c 1 -W 5 " + vm6.String())
 	transfer(t, p.client, echo4, 1<<20)
 
 	// Another connection, while packets are on their way.
@@ -113,22 +113,22 @@ func TestDatagrams(t *testing.T) {
 	near3.limit = 500
 	p.far.Attach(far3)
 	p.near.Attach(near3)
-	p.client.try("ping", "-c", "1", "-W", "0.1", "-s", "600", vm4.String())
+	p.client.Try("ping -c 1 -W 0.1 -s 600 " + vm4.String())
 	await(t, p.near.Tunnel, "one too big", func(s Stats) bool { return s.Drops.TooBig == 1 })
-	p.client.command("ping", "-c", "1", "-W", "5", vm4.String())
+	p.client.Sh("ping -c 1 -W 5 " + vm4.String())
 
 	// A connection that is lost, then none, then one again.
 	near3.Close()
-	p.client.try("ping", "-c", "1", "-W", "0.1", vm4.String())
+	p.client.Try("ping -c 1 -W 0.1 " + vm4.String())
 	await(t, p.near.Tunnel, "another unsent", func(s Stats) bool { return s.Drops.Unsent > before.Unsent })
 	p.near.Attach(nil)
 	before = p.near.Stats().Drops
-	p.client.try("ping", "-c", "1", "-W", "0.1", vm4.String())
+	p.client.Try("ping -c 1 -W 0.1 " + vm4.String())
 	await(t, p.near.Tunnel, "yet another unsent", func(s Stats) bool { return s.Drops.Unsent > before.Unsent })
 	near4, far4 := p.dial(5004)
 	p.near.Attach(near4)
 	p.far.Attach(far4)
-	p.client.command("ping", "-c", "1", "-W", "5", vm4.String())
+	p.client.Sh("ping -c 1 -W 5 " + vm4.String())
 
 	for _, end := range []struct {
 		*DatagramTunnel
@@ -137,7 +137,7 @@ func TestDatagrams(t *testing.T) {
 		if err := end.DatagramTunnel.Close(); err != nil {
 			t.Error(err)
 		}
-		if out, err := end.space.try("ip", "link", "show", "wm0"); err == nil {
+		if out, err := end.space.Try("ip link show wm0"); err == nil {
 			t.Errorf("the device is left:\n%s", out)
 		}
 	}
@@ -171,5 +171,5 @@ func TestHostileDatagrams(t *testing.T) {
 		t.Errorf("received %+v", s)
 	}
 	p.far.Attach(far)
-	p.client.command("ping", "-c", "1", "-W", "5", vm4.String())
+	p.client.Sh("ping -c 1 -W 5 " + vm4.String())
 }

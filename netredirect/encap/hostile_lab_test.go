@@ -16,7 +16,7 @@ import (
 // inject sends packets with outer headers of the caller's making from the peer's namespace.
 func (s *space) inject(packets ...[]byte) {
 	s.t.Helper()
-	s.do(func() error {
+	s.Must(func() error {
 		for _, p := range packets {
 			family, to := unix.AF_INET, unix.Sockaddr(nil)
 			if p[0]>>4 == 4 {
@@ -99,7 +99,7 @@ func TestHostilePackets(t *testing.T) {
 			}
 
 			start := time.Now()
-			p.client.command("ping", "-c", "1", "-W", "5", vm4.String())
+			p.client.Sh("ping -c 1 -W 5 " + vm4.String())
 			transfer(t, p.client, net.JoinHostPort(vm6.String(), "7"), 1<<20)
 			s := near.Stats()
 			if s.Drops != want || far.Stats().Drops != (Drops{}) {
@@ -119,7 +119,7 @@ func TestPadding(t *testing.T) {
 	p := newPair(t)
 	near, _ := p.connect(outer4Ends)
 	var server net.PacketConn
-	p.client.do(func() (err error) {
+	p.client.Must(func() (err error) {
 		server, err = net.ListenPacket("udp4", ":9000")
 		return err
 	})
@@ -140,11 +140,11 @@ func TestForeignPacketsAreNotSent(t *testing.T) {
 	p := newPair(t)
 	near, far := p.connect(outer4Ends)
 	p.source.ip("route add 10.2.0.0/24 dev wm0")
-	p.client.try("ping", "-c", "1", "-W", "0.1", "10.2.0.3")
+	p.client.Try("ping -c 1 -W 0.1 10.2.0.3")
 	await(t, near, "one foreign packet", func(s Stats) bool { return s.Drops.Foreign == 1 })
 	// A tunnel that is routed into itself does not multiply packets.
 	p.source.ip("route add 10.9.0.2/32 dev wm0")
-	p.client.try("ping", "-c", "1", "-W", "0.1", vm4.String())
+	p.client.Try("ping -c 1 -W 0.1 " + vm4.String())
 	await(t, near, "one nested packet", func(s Stats) bool { return s.Drops.Nested == 1 })
 	if s := far.Stats(); s.Received.Packets != 0 {
 		t.Errorf("received %+v", s)
@@ -164,7 +164,7 @@ func TestProbesPass(t *testing.T) {
 			}
 			listen := func(s *space, a netip.Addr, port uint16) (c net.PacketConn) {
 				t.Helper()
-				s.do(func() (err error) {
+				s.Must(func() (err error) {
 					config := net.ListenConfig{Control: bindToDevice}
 					c, err = config.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(a, port).String())
 					return err

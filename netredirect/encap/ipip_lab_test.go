@@ -22,7 +22,7 @@ func TestPacketsOfBothVersionsPass(t *testing.T) {
 				near, far := p.connect(o)
 				p.peer.echo(":7")
 				for _, vm := range []string{vm4.String(), vm6.String()} {
-					p.client.command("ping", "-c", "2", "-i", "0.05", "-W", "5", vm)
+					p.client.Sh("ping -c 2 -i 0.05 -W 5 " + vm)
 					transfer(t, p.client, net.JoinHostPort(vm, "7"), 16<<20)
 				}
 				for _, tunnel := range []*Tunnel{near, far} {
@@ -57,16 +57,16 @@ func TestKernelTellsOfTheMTU(t *testing.T) {
 			p := newPair(t)
 			near, _ := p.connect(o)
 			// Just fits, for both versions: 8 bytes of ICMP, and the IP header.
-			p.client.command("ping", "-c", "1", "-W", "5", "-M", "do", "-s", fmt.Sprint(o.mtu-28), vm4.String())
-			p.client.command("ping", "-c", "1", "-W", "5", "-M", "do", "-s", fmt.Sprint(o.mtu-48), vm6.String())
-			out, _ := p.client.try("ping", "-c", "1", "-W", "5", "-M", "do", "-s", fmt.Sprint(o.mtu-27), vm4.String())
+			p.client.Sh("ping -c 1 -W 5 -M do -s " + fmt.Sprint(o.mtu-28) + " " + vm4.String())
+			p.client.Sh("ping -c 1 -W 5 -M do -s " + fmt.Sprint(o.mtu-48) + " " + vm6.String())
+			out, _ := p.client.Try("ping -c 1 -W 5 -M do -s " + fmt.Sprint(o.mtu-27) + " " + vm4.String())
 			if want := fmt.Sprintf("Frag needed and DF set (mtu = %d)", o.mtu); !strings.Contains(out, want) {
 				t.Errorf("want %q, have:\n%s", want, out)
 			}
 			if err := near.SetMTU(1300); err != nil {
 				t.Fatal(err)
 			}
-			out, _ = p.client.try("ping", "-c", "1", "-W", "5", "-M", "do", "-s", "1300", vm6.String())
+			out, _ = p.client.Try("ping -c 1 -W 5 -M do -s 1300 " + vm6.String())
 			if want := "Packet too big: mtu=1300"; !strings.Contains(out, want) {
 				t.Errorf("want %q, have:\n%s", want, out)
 			}
@@ -90,7 +90,7 @@ func TestCloseRemovesTheDevice(t *testing.T) {
 		if end.Tunnel.Name() != "wm0" {
 			t.Errorf("name %q", end.Tunnel.Name())
 		}
-		if out := end.space.command("ip", "-o", "addr", "show", "dev", "wm0"); out != "" {
+		if out := end.space.Sh("ip -o addr show dev wm0"); out != "" {
 			t.Errorf("the device has an address of its own:\n%s", out)
 		}
 		for range 2 {
@@ -98,7 +98,7 @@ func TestCloseRemovesTheDevice(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		if out, err := end.space.try("ip", "link", "show", "wm0"); err == nil {
+		if out, err := end.space.Try("ip link show wm0"); err == nil {
 			t.Errorf("the device is left:\n%s", out)
 		}
 		if err := end.Tunnel.SetMTU(1400); err == nil {
@@ -107,7 +107,7 @@ func TestCloseRemovesTheDevice(t *testing.T) {
 	}
 	// Nothing keeps the name or the addresses.
 	p.connect(outer4Ends)
-	p.client.command("ping", "-c", "1", "-W", "5", vm4.String())
+	p.client.Sh("ping -c 1 -W 5 " + vm4.String())
 }
 
 func TestOpenRefuses(t *testing.T) {
@@ -129,7 +129,7 @@ func TestOpenRefuses(t *testing.T) {
 	} {
 		c := good
 		change(&c)
-		err := s.run(func() error {
+		err := s.Run(func() error {
 			tunnel, err := OpenIPIP(c)
 			if err == nil {
 				tunnel.Close()
@@ -142,19 +142,19 @@ func TestOpenRefuses(t *testing.T) {
 		}
 		t.Log(err)
 	}
-	if out := s.command("ip", "-o", "link"); strings.Contains(out, "wm") {
+	if out := s.Sh("ip -o link"); strings.Contains(out, "wm") {
 		t.Errorf("a device is left:\n%s", out)
 	}
 	s.open(good)
 	good.Name = "wm1"
-	err := s.run(func() error {
+	err := s.Run(func() error {
 		_, err := OpenIPIP(good)
 		return err
 	})
 	if err == nil {
 		t.Errorf("a second tunnel between the same ends: %v", err)
 	}
-	if _, err := s.try("ip", "link", "show", "wm1"); err == nil {
+	if _, err := s.Try("ip link show wm1"); err == nil {
 		t.Error("a device is left")
 	}
 }
@@ -196,8 +196,8 @@ func TestTwoTunnelsOfAHost(t *testing.T) {
 			p.peer.open(far)
 			p.peer.ip(fmt.Sprintf(`%[2]s rule add from %[1]v lookup 77
 				%[2]s route add default dev wm1 table 77`, vm, family))
-			p.client.command("ping", "-c", "3", "-i", "0.05", "-W", "5", vm4.String())
-			p.client.command("ping", "-c", "2", "-i", "0.05", "-W", "5", vm.String())
+			p.client.Sh("ping -c 3 -i 0.05 -W 5 " + vm4.String())
+			p.client.Sh("ping -c 2 -i 0.05 -W 5 " + vm.String())
 			for tunnel, want := range map[*Tunnel]uint64{first: 3, second: 2} {
 				await(t, tunnel, fmt.Sprintf("%d pings and nothing else at %s", want, tunnel.Name()), func(s Stats) bool {
 					return s.Received.Packets == want && s.Sent.Packets == want && s.Drops == (Drops{})
@@ -207,8 +207,8 @@ func TestTwoTunnelsOfAHost(t *testing.T) {
 				t.Fatal(err)
 			}
 			// Now nobody's.
-			p.peer.try("ping", "-c", "1", "-W", "0.1", "-I", vm.String(), client4.String())
-			p.peer.try("ping", "-c", "1", "-W", "0.1", "-I", vm.String(), client6.String())
+			p.peer.Try("ping -c 1 -W 0.1 -I " + vm.String() + " " + client4.String())
+			p.peer.Try("ping -c 1 -W 0.1 -I " + vm.String() + " " + client6.String())
 			await(t, first, "one spoofed packet", func(s Stats) bool { return s.Drops.Spoofed == 1 })
 		})
 	}

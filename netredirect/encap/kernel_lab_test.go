@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wanmig/wanmig/netredirect/internal/kerneltest"
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
 //go:embed testdata/kernel-end.sh
@@ -47,7 +48,7 @@ func TestKernelAtTheOtherEnd(t *testing.T) {
 
 func testKernelEnd(t *testing.T, limit string) {
 	client, source := newSpace(t, "client"), newSpace(t, "source")
-	wire(client, "eth0", source, "lan")
+	testnet.Join(client.Space, "eth0", source.Space, "lan")
 	client.ip(`addr add 10.1.0.2/24 dev eth0
 		addr add 10.1.0.3/24 dev eth0
 		addr add fd01::2/64 dev eth0 nodad
@@ -76,7 +77,7 @@ func testKernelEnd(t *testing.T, limit string) {
 	deadline := time.Now().Add(90 * time.Second)
 	for {
 		var c net.Conn
-		err := client.run(func() (err error) {
+		err := client.Run(func() (err error) {
 			c, err = net.DialTimeout("tcp", "[fd02::3]:7", time.Second)
 			return err
 		})
@@ -96,9 +97,9 @@ func testKernelEnd(t *testing.T, limit string) {
 		outer, protocol byte
 	}{{"10.2.0.2", 4, protocolIPv4}, {"fd02::2", 4, protocolIPv6}, {"10.2.0.3", 6, protocolIPv4}, {"fd02::3", 6, protocolIPv6}} {
 		next := source.capture("tap0")
-		client.command("ping", "-c", "1", "-W", "10", "-Q", "0xb8", c.vm)
+		client.Sh("ping -c 1 -W 10 -Q 0xb8 " + c.vm)
 		compareOuter(t, c.vm, next, c.outer, c.protocol, limit == "")
-		client.command("ping", "-c", "1", "-W", "10", "-M", "do", "-s", "1400", c.vm)
+		client.Sh("ping -c 1 -W 10 -M do -s 1400 " + c.vm)
 		transfer(t, client, net.JoinHostPort(c.vm, "7"), 4<<20)
 	}
 	for _, tunnel := range []*Tunnel{in4, in6} {

@@ -17,6 +17,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
 // pair is a client that reaches a VM through two hosts, of which the source has the tunnel's near end and the peer the far
@@ -48,8 +50,8 @@ const probePort = 4790
 func newPair(t *testing.T) *pair {
 	t.Helper()
 	p := &pair{newSpace(t, "client"), newSpace(t, "source"), newSpace(t, "peer")}
-	wire(p.client, "eth0", p.source, "lan")
-	wire(p.source, "wan", p.peer, "wan")
+	testnet.Join(p.client.Space, "eth0", p.source.Space, "lan")
+	testnet.Join(p.source.Space, "wan", p.peer.Space, "wan")
 	p.addresses()
 	return p
 }
@@ -108,7 +110,7 @@ func (p *pair) connect(o outer) (near, far *Tunnel) {
 func transfer(t *testing.T, from *space, address string, size int64) {
 	t.Helper()
 	var c net.Conn
-	from.do(func() (err error) {
+	from.Must(func() (err error) {
 		c, err = net.DialTimeout("tcp", address, 10*time.Second)
 		return err
 	})
@@ -153,14 +155,14 @@ func mergeReceived(t *testing.T, a *space, nameA string, b *space, nameB string)
 	a.offload(nameA, setGRO, 1)
 	b.offload(nameB, setGRO, 1)
 	// A card raises few interrupts, so that packets come together; a veth's come one by one, and have to wait for others.
-	const wait = "mount -t sysfs sysfs /sys && echo 1000000 > /sys/class/net/%s/gro_flush_timeout"
-	a.command("unshare", "-m", "sh", "-c", fmt.Sprintf(wait, nameA))
-	b.command("unshare", "-m", "sh", "-c", fmt.Sprintf(wait, nameB))
+	const wait = "unshare -m sh -c 'mount -t sysfs sysfs /sys && echo 1000000 > /sys/class/net/%s/gro_flush_timeout'"
+	a.Sh(fmt.Sprintf(wait, nameA))
+	b.Sh(fmt.Sprintf(wait, nameB))
 }
 
 func (s *space) offload(name string, command, value uint32) {
 	s.t.Helper()
-	s.do(func() error {
+	s.Must(func() error {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
 			return err

@@ -13,13 +13,15 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
 // capture returns the IP packets that arrive at an interface, as they are on the wire.
 func (s *space) capture(name string) (next func() []byte) {
 	s.t.Helper()
 	var f *os.File
-	s.do(func() error {
+	s.Must(func() error {
 		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 		if err != nil {
 			return err
@@ -54,8 +56,8 @@ func TestOuterHeaders(t *testing.T) {
 			p := newPair(t)
 			p.source.open(p.near(o))
 			p.route()
-			p.client.command("ping", "-c", "1", "10.1.0.1") // so that they are neighbours
-			p.client.command("ping", "-c", "1", "fd01::1")
+			p.client.Sh("ping -c 1 10.1.0.1") // so that they are neighbours
+			p.client.Sh("ping -c 1 fd01::1")
 			next := p.peer.capture("wan")
 			ids := map[uint16]bool{}
 			for _, inner := range [][]byte{inside4, inside6, inside4, inside6} {
@@ -142,9 +144,9 @@ func TestNarrowPath(t *testing.T) {
 		t.Run(o.name, func(t *testing.T) {
 			p := &pair{newSpace(t, "client"), newSpace(t, "source"), newSpace(t, "peer")}
 			router := newSpace(t, "router")
-			wire(p.client, "eth0", p.source, "lan")
-			wire(p.source, "wan", router, "near")
-			wire(router, "far", p.peer, "wan")
+			testnet.Join(p.client.Space, "eth0", p.source.Space, "lan")
+			testnet.Join(p.source.Space, "wan", router.Space, "near")
+			testnet.Join(router.Space, "far", p.peer.Space, "wan")
 			p.addresses()
 			router.ip(`addr add 10.9.0.3/24 dev near
 				addr add fd09::3/64 dev near nodad
@@ -172,15 +174,15 @@ func TestNarrowPath(t *testing.T) {
 				t.Error("nothing was too big")
 			}
 			want := fmt.Sprintf("mtu %d ", o.mtu-100)
-			if out := p.source.command("ip", "link", "show", "wm0"); !strings.Contains(out, want) {
+			if out := p.source.Sh("ip link show wm0"); !strings.Contains(out, want) {
 				t.Errorf("want %q, have:\n%s", want, out)
 			}
 			// Too high: it comes down again.
 			if err := near.SetMTU(o.mtu); err != nil {
 				t.Fatal(err)
 			}
-			p.client.try("ping", "-c", "1", "-W", "0.2", "-M", "do", "-s", fmt.Sprint(o.mtu-48), vm6.String())
-			if out := p.source.command("ip", "link", "show", "wm0"); !strings.Contains(out, want) {
+			p.client.Try("ping -c 1 -W 0.2 -M do -s " + fmt.Sprint(o.mtu-48) + " " + vm6.String())
+			if out := p.source.Sh("ip link show wm0"); !strings.Contains(out, want) {
 				t.Errorf("want %q, have:\n%s", want, out)
 			}
 		})
@@ -191,22 +193,22 @@ func TestNarrowPath(t *testing.T) {
 func TestPeerUnreachable(t *testing.T) {
 	p := newPair(t)
 	near, far := p.connect(outer4Ends)
-	p.client.command("ping", "-c", "1", "-W", "5", vm4.String())
+	p.client.Sh("ping -c 1 -W 5 " + vm4.String())
 	p.source.ip("route add unreachable 10.9.0.2/32")
-	p.client.try("ping", "-c", "1", "-W", "0.1", vm4.String())
+	p.client.Try("ping -c 1 -W 0.1 " + vm4.String())
 	await(t, near, "one packet unsent", func(s Stats) bool { return s.Drops.Unsent == 1 })
 	p.source.ip("route del unreachable 10.9.0.2/32")
-	p.client.command("ping", "-c", "1", "-W", "5", vm4.String())
+	p.client.Sh("ping -c 1 -W 5 " + vm4.String())
 
 	// Without our tunnel the peer's kernel refuses the protocol by ICMP.
 	if err := far.Close(); err != nil {
 		t.Fatal(err)
 	}
 	refusals := p.source.capture("wan")
-	p.client.try("ping", "-c", "3", "-i", "0.05", "-W", "0.1", vm4.String())
+	p.client.Try("ping -c 3 -i 0.05 -W 0.1 " + vm4.String())
 	for b := refusals(); b[0]>>4 != 4 || b[9] != unix.IPPROTO_ICMP || b[20] != 3; b = refusals() { // destination unreachable
 	}
 	p.peer.open(p.far(outer4Ends))
 	p.routeBack()
-	p.client.command("ping", "-c", "1", "-W", "5", vm4.String())
+	p.client.Sh("ping -c 1 -W 5 " + vm4.String())
 }

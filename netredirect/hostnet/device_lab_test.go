@@ -15,6 +15,8 @@ import (
 	"github.com/gopacket/gopacket"
 	"github.com/gopacket/gopacket/layers"
 	"golang.org/x/sys/unix"
+
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
 // devices are what a redirect's plan makes, and others that a step can be, each
@@ -46,7 +48,7 @@ func devicesAreMadeAndUndone(t *testing.T) {
 		t.Run(c.device.Kind, func(t *testing.T) {
 			s := linkSite(t)
 			h := s.host()
-			show := func() string { return changing.ReplaceAllString(s.sh("ip -d link show dev "+c.device.Name), "") }
+			show := func() string { return changing.ReplaceAllString(s.Sh("ip -d link show dev "+c.device.Name), "") }
 			before := s.links()
 
 			step := Step{Device: &c.device}
@@ -69,7 +71,7 @@ func devicesAreMadeAndUndone(t *testing.T) {
 			if got, want := show(), strings.Replace(first, fmt.Sprint("mtu ", c.device.MTU), "mtu 1300", 1); got != want {
 				t.Errorf("with another MTU:\n%swant:\n%s", got, want)
 			}
-			s.must(func() error {
+			s.Must(func() error {
 				found, err := h.Leftovers(context.Background())
 				if want := "[device " + c.device.Name + "]"; fmt.Sprint(found) != want {
 					t.Errorf("what is ours: %q, want %s", found, want)
@@ -79,20 +81,20 @@ func devicesAreMadeAndUndone(t *testing.T) {
 			for range 2 {
 				s.revert(h, step)
 			}
-			same(t, "reverted", before, s.links())
+			testnet.Same(t, "reverted", before, s.links())
 
-			s.sh(step.String())
-			same(t, "typed", applied, s.links())
+			s.Sh(step.String())
+			testnet.Same(t, "typed", applied, s.links())
 			s.apply(h, step) // knows it for its own
-			s.sh(step.UndoString())
-			same(t, "typed back", before, s.links())
+			s.Sh(step.UndoString())
+			testnet.Same(t, "typed back", before, s.links())
 
 			// An apply that a kill has cut short.
-			s.sh(made(&c.device))
+			s.Sh(made(&c.device))
 			s.apply(h, step)
-			same(t, "completed", applied, s.links())
+			testnet.Same(t, "completed", applied, s.links())
 			s.revert(h, step)
-			same(t, "reverted", before, s.links())
+			testnet.Same(t, "reverted", before, s.links())
 		})
 	}
 }
@@ -118,17 +120,17 @@ func foreignDevicesStay(t *testing.T) {
 			foreign{&d, strings.Replace(made(&d), "name "+d.Name, "name theirs", 1), "device theirs has the same ends"})
 	}
 	for _, f := range all {
-		s.sh(f.typed)
+		s.Sh(f.typed)
 		before := s.links()
-		s.must(func() error {
+		s.Must(func() error {
 			step := Step{Device: f.device}
 			if err := h.Apply(context.Background(), step); !errors.Is(err, ErrTaken) || !strings.Contains(err.Error(), f.named) {
 				t.Errorf("%s: %v, want %q", f.typed, err, f.named)
 			}
 			return h.Revert(context.Background(), step)
 		})
-		same(t, f.typed, before, s.links())
-		s.sh("ip link del " + f.device.Name + " 2>/dev/null || ip link del theirs")
+		testnet.Same(t, f.typed, before, s.links())
+		s.Sh("ip link del " + f.device.Name + " 2>/dev/null || ip link del theirs")
 	}
 }
 
@@ -150,7 +152,7 @@ func made(d *Device) string {
 func tunnelsCarryBothFamilies(t *testing.T) {
 	here, there := joined(t)
 	for i, s := range []*site{here, there} {
-		s.sh(fmt.Sprintf(`ip addr add 198.51.100.%[1]d/24 dev eth0; ip addr add 2001:db8:2::%[1]d/64 dev eth0
+		s.Sh(fmt.Sprintf(`ip addr add 198.51.100.%[1]d/24 dev eth0; ip addr add 2001:db8:2::%[1]d/64 dev eth0
 			for n in %[1]d 1%[1]d; do ip addr add 192.0.2.$n/32 dev lo; ip addr add 2001:db8:1::$n/128 dev lo; done
 			sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.icmp_ratelimit=0`, i+1))
 	}
@@ -173,7 +175,7 @@ func tunnelsCarryBothFamilies(t *testing.T) {
 	in4, in6 := devices[0].device, devices[1].device
 	in6.Name = "wm1"
 	h, o := here.host(), there.host()
-	before, beforeThere := settled(t, here.links), settled(t, there.links)
+	before, beforeThere := testnet.Settled(t, here.links), testnet.Settled(t, there.links)
 	steps4, steps6 := steps(in4, "1", "2"), steps(in6, "11", "12")
 	back4, back6 := steps(back(in4), "2", "1"), steps(back(in6), "12", "11")
 	tunnelled := here.capture("eth0")
@@ -183,7 +185,7 @@ func tunnelsCarryBothFamilies(t *testing.T) {
 	there.apply(o, back6...)
 
 	for _, s := range []*site{here, there} {
-		if text := s.sh("ip -6 addr show scope link | grep -A1 wm || true"); text != "" {
+		if text := s.Sh("ip -6 addr show scope link | grep -A1 wm || true"); text != "" {
 			t.Errorf("tunnels have addresses of their own: %s", text)
 		}
 	}
@@ -197,7 +199,7 @@ func tunnelsCarryBothFamilies(t *testing.T) {
 		{"192.0.2.12", 1460 - 28, "IPv6 with IPv4, 1500 bytes, TTL 64"},
 		{"2001:db8:1::12", 1460 - 48, "IPv6 with IPv6, 1500 bytes, TTL 64"},
 	} {
-		here.sh(fmt.Sprintf("ping -c 1 -W 10 -s %d %s", c.size, c.vm))
+		here.Sh(fmt.Sprintf("ping -c 1 -W 10 -s %d %s", c.size, c.vm))
 		for _, what := range []string{"question", "answer"} {
 			if p := tunnelled.next(5 * time.Second); outer(p) != c.outer {
 				t.Errorf("%s of %s: %s, want %s: % x", what, c.vm, outer(p), c.outer, p)
@@ -209,8 +211,8 @@ func tunnelsCarryBothFamilies(t *testing.T) {
 	}
 	here.revert(h, append(steps4, steps6...)...)
 	there.revert(o, append(back4, back6...)...)
-	same(t, "reverted here", before, settled(t, here.links))
-	same(t, "reverted there", beforeThere, settled(t, there.links))
+	testnet.Same(t, "reverted here", before, testnet.Settled(t, here.links))
+	testnet.Same(t, "reverted there", beforeThere, testnet.Settled(t, there.links))
 }
 
 // A capture takes the packets that tunnels send and receive at an interface.
@@ -222,7 +224,7 @@ type capture struct {
 func (s *site) capture(dev string) capture {
 	s.t.Helper()
 	c := capture{t: s.t}
-	s.must(func() error {
+	s.Must(func() error {
 		at, err := net.InterfaceByName(dev)
 		if err != nil {
 			return err

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/wanmig/wanmig/netredirect/internal/kerneltest"
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
 // onDebiansKernel needs tunnels, VLANs and bridges that tell VLANs apart, which
@@ -90,19 +91,19 @@ func boot(t *testing.T, g kerneltest.Guest) (said string) {
 // linkSite has the interface up0. Of IPv6 it has no more than each device's
 // settings, since the kernel makes addresses in its own time.
 func linkSite(t *testing.T) *site {
-	s := newSite(t)
-	s.sh(`echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6
+	s := newSite(t, "host")
+	s.Sh(`echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6
 		ip link add up0 type veth peer name up1; ip link set up1 up; ip link set up0 up`)
 	return s
 }
 
 // joined are two sites, each with an interface eth0 to the other.
 func joined(t *testing.T) (a, b *site) {
-	a, b = newSite(t), newSite(t)
+	a, b = newSite(t, "one site"), newSite(t, "the other")
 	for _, s := range []*site{a, b} {
-		s.sh("echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad")
+		s.Sh("echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad")
 	}
-	link(a, "eth0", b, "eth0")
+	testnet.Join(a.Space, "eth0", b.Space, "eth0")
 	return a, b
 }
 
@@ -113,25 +114,25 @@ var changing = regexp.MustCompile(`(?m)^[0-9]+: | permaddr \S+| state \S+`)
 // program: two have to do.
 func (s *site) links() string {
 	s.t.Helper()
-	text := s.sh(`printf '%s\n' link addr 'route show table all' | ip -d -batch -
+	text := s.Sh(`printf '%s\n' link addr 'route show table all' | ip -d -batch -
 		ip -6 route show table all`)
-	return changing.ReplaceAllString(peers.ReplaceAllString(bridgeTimers.ReplaceAllString(text, "timer"), ""), "")
+	return changing.ReplaceAllString(testnet.Steady(text), "")
 }
 
 // kernelWithoutModules asks for each kind of device where there is none.
 func kernelWithoutModules(t *testing.T) {
 	s := linkSite(t)
 	h := s.host()
-	s.sh("rmmod ipip sit ip6_tunnel 8021q")
+	s.Sh("rmmod ipip sit ip6_tunnel 8021q")
 	before := s.links()
 	for _, d := range devices {
 		step := Step{Device: &d.device}
-		s.must(func() error {
+		s.Must(func() error {
 			if err := h.Apply(context.Background(), step); !errors.Is(err, ErrNoKernelSupport) || !strings.Contains(err.Error(), d.device.Kind) {
 				t.Errorf("%s: %v", d.device.Kind, err)
 			}
 			return h.Revert(context.Background(), step)
 		})
 	}
-	same(t, "after", before, s.links())
+	testnet.Same(t, "after", before, s.links())
 }

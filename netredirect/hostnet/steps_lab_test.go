@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
 const vmMAC = "52:54:00:00:00:01"
@@ -60,15 +62,15 @@ func TestEachStepTwiceAndBack(t *testing.T) {
 	before := s.settled()
 	for _, step := range plan() {
 		for range 2 {
-			s.must(func() error { return h.Apply(context.Background(), step) })
+			s.Must(func() error { return h.Apply(context.Background(), step) })
 		}
 		if applied := s.dump(); applied == before && step.Device == nil {
 			t.Errorf("%s changes nothing", step)
 		}
 		for range 2 {
-			s.must(func() error { return h.Revert(context.Background(), step) })
+			s.Must(func() error { return h.Revert(context.Background(), step) })
 		}
-		same(t, step.String(), before, s.dump())
+		testnet.Same(t, step.String(), before, s.dump())
 	}
 }
 
@@ -84,11 +86,11 @@ func TestTypedCommandsDoTheSame(t *testing.T) {
 		s.apply(h, step)
 		applied := s.settled()
 		s.revert(h, step)
-		s.sh(step.String())
-		same(t, "typed: "+step.String(), applied, s.settled())
-		s.must(func() error { return h.Apply(context.Background(), step) }) // knows it for its own
-		s.sh(step.UndoString())
-		same(t, "typed: "+step.UndoString(), before, s.settled())
+		s.Sh(step.String())
+		testnet.Same(t, "typed: "+step.String(), applied, s.settled())
+		s.Must(func() error { return h.Apply(context.Background(), step) }) // knows it for its own
+		s.Sh(step.UndoString())
+		testnet.Same(t, "typed: "+step.UndoString(), before, s.settled())
 	}
 }
 
@@ -98,7 +100,7 @@ func TestPlanAppliedAndReverted(t *testing.T) {
 	before := s.settled()
 	steps := plan()
 	for range 2 {
-		s.must(func() error {
+		s.Must(func() error {
 			done, err := h.ApplyAll(context.Background(), steps)
 			if err == nil && done != len(steps) {
 				t.Errorf("%d of %d steps are applied", done, len(steps))
@@ -107,7 +109,7 @@ func TestPlanAppliedAndReverted(t *testing.T) {
 		})
 	}
 	leftovers := func() (found []string) {
-		s.must(func() (err error) {
+		s.Must(func() (err error) {
 			found, err = h.Leftovers(context.Background())
 			return err
 		})
@@ -123,7 +125,7 @@ func TestPlanAppliedAndReverted(t *testing.T) {
 	if found := leftovers(); len(found) != 0 {
 		t.Errorf("left over: %q", found)
 	}
-	same(t, "reverted", before, s.dump())
+	testnet.Same(t, "reverted", before, s.dump())
 }
 
 // TestHalfAppliedPlanIsReverted fails in the midst of a plan, at each step.
@@ -134,7 +136,7 @@ func TestHalfAppliedPlanIsReverted(t *testing.T) {
 	for n := range plan() {
 		steps := plan()
 		steps[n] = Step{Route: &Route{Table: 100, Dst: prefix("192.0.2.9/32"), Dev: "nowhere"}}
-		s.must(func() error {
+		s.Must(func() error {
 			done, err := h.ApplyAll(context.Background(), steps)
 			if !errors.Is(err, unix.ENODEV) || !strings.Contains(err.Error(), "nowhere") || done != n {
 				t.Errorf("step %d does not exist: %d done, %v", n, done, err)
@@ -142,15 +144,15 @@ func TestHalfAppliedPlanIsReverted(t *testing.T) {
 			return h.RevertAll(context.Background(), steps)
 		})
 	}
-	same(t, "reverted", before, s.dump())
-	s.must(func() error {
+	testnet.Same(t, "reverted", before, s.dump())
+	s.Must(func() error {
 		done, err := h.ApplyAll(context.Background(), append(plan(), Step{}))
 		if !errors.Is(err, ErrInvalid) || done != 0 {
 			t.Errorf("a plan with an invalid step: %d done, %v", done, err)
 		}
 		return nil
 	})
-	same(t, "invalid plan", before, s.dump())
+	testnet.Same(t, "invalid plan", before, s.dump())
 }
 
 // TestForeignThingsStay puts something else in the place of each step.
@@ -184,9 +186,9 @@ func TestForeignThingsStay(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := bridgeSite(t)
 			h := s.host()
-			s.sh(c.foreign)
+			s.Sh(c.foreign)
 			before := s.settled()
-			s.must(func() error {
+			s.Must(func() error {
 				err := h.Apply(context.Background(), c.step)
 				if !errors.Is(err, ErrTaken) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ENXIO) {
 					t.Errorf("Apply: %v", err)
@@ -195,7 +197,7 @@ func TestForeignThingsStay(t *testing.T) {
 				}
 				return h.Revert(context.Background(), c.step)
 			})
-			same(t, "after", before, s.settled())
+			testnet.Same(t, "after", before, s.settled())
 		})
 	}
 }
@@ -204,7 +206,7 @@ func TestForeignThingsStay(t *testing.T) {
 func TestTunnelsShareTheirAddress(t *testing.T) {
 	s := bridgeSite(t)
 	h := s.host()
-	s.sh(`for i in 0 1 2; do ip tuntap add dev wm$i mode tun; ip link set wm$i addrgenmode none; ip link set wm$i up; done`)
+	s.Sh(`for i in 0 1 2; do ip tuntap add dev wm$i mode tun; ip link set wm$i addrgenmode none; ip link set wm$i up; done`)
 	on := func(dev, a string) Step { return Step{Address: &Address{Dev: dev, Prefix: prefix(a)}} }
 	before := s.settled()
 	for _, a := range []string{"192.0.0.1/32", "192.0.0.2/32"} {
@@ -215,28 +217,28 @@ func TestTunnelsShareTheirAddress(t *testing.T) {
 			s.apply(h, second, first)
 		}
 		for _, dev := range []string{"wm0", "wm1"} {
-			if text := s.sh("ip addr show dev " + dev); strings.Count(text, a) != 1 {
+			if text := s.Sh("ip addr show dev " + dev); strings.Count(text, a) != 1 {
 				t.Errorf("%s is not once on %s: %s", a, dev, text)
 			}
 		}
 		s.revert(h, second)
-		same(t, "without the second", alone, s.settled())
+		testnet.Same(t, "without the second", alone, s.settled())
 		s.apply(h, second)
 		s.revert(h, first)
-		if text := s.sh("ip addr show dev wm1"); !strings.Contains(text, a) {
+		if text := s.Sh("ip addr show dev wm1"); !strings.Contains(text, a) {
 			t.Errorf("with the first went %s of the second: %s", a, text)
 		}
-		if text := s.sh("ip route show table local dev wm1"); !strings.Contains(text, strings.TrimSuffix(a, "/32")) {
+		if text := s.Sh("ip route show table local dev wm1"); !strings.Contains(text, strings.TrimSuffix(a, "/32")) {
 			t.Errorf("with the first went the route to %s of the second: %s", a, text)
 		}
 		s.revert(h, second)
-		same(t, "without both", before, s.settled())
+		testnet.Same(t, "without both", before, s.settled())
 	}
 	// One of someone else, and one of another kind, are refused as before.
-	s.sh("ip addr add 192.0.0.1/32 dev wm2")
+	s.Sh("ip addr add 192.0.0.1/32 dev wm2")
 	s.apply(h, on("wm0", "203.0.113.7/32"))
 	for _, step := range []Step{on("wm1", "192.0.0.1/32"), on("wm1", "203.0.113.7/32")} {
-		s.must(func() error {
+		s.Must(func() error {
 			if err := h.Apply(context.Background(), step); !errors.Is(err, ErrTaken) {
 				t.Errorf("%s: %v", step, err)
 			}
@@ -248,13 +250,13 @@ func TestTunnelsShareTheirAddress(t *testing.T) {
 func TestGateways(t *testing.T) {
 	s := bridgeSite(t)
 	h := s.host()
-	s.sh(`ip route add 203.0.113.0/25 nexthop via 198.51.100.7 dev up0 nexthop via 192.0.2.7 dev br0
+	s.Sh(`ip route add 203.0.113.0/25 nexthop via 198.51.100.7 dev up0 nexthop via 192.0.2.7 dev br0
 		ip route add 203.0.113.128/25 via inet6 2001:db8:2::8 dev up0
 		ip -6 route add 2001:db8:9::/64 nexthop via 2001:db8:2::9 dev up0 nexthop via 2001:db8:1::9 dev br0
 		ip route add default via 198.51.100.66 dev up0 table 66`)
 	want := []netip.Addr{addr("192.0.2.7"), addr("198.51.100.7"), addr("198.51.100.254"),
 		addr("2001:db8:1::9"), addr("2001:db8:2::8"), addr("2001:db8:2::9"), addr("2001:db8:2::fe")}
-	s.must(func() error {
+	s.Must(func() error {
 		got, err := h.Gateways()
 		if !slices.Equal(got, want) {
 			t.Errorf("%v, not %v", got, want)
@@ -267,21 +269,21 @@ func TestGateways(t *testing.T) {
 func TestWhatTheKernelLearnedGivesWay(t *testing.T) {
 	s := bridgeSite(t)
 	h := s.host()
-	s.sh(`ip neigh add 192.0.2.5 lladdr 52:54:00:00:00:02 dev br0 nud stale
+	s.Sh(`ip neigh add 192.0.2.5 lladdr 52:54:00:00:00:02 dev br0 nud stale
 		bridge fdb add 52:54:00:00:00:01 dev w0 master dynamic`)
 	steps := []Step{
 		{Neighbour: &Neighbour{Dev: "br0", IP: addr("192.0.2.5"), MAC: vmMAC}},
 		{FDB: &FDB{Dev: "v0", MAC: vmMAC}},
 	}
 	s.apply(h, steps...)
-	if text := s.sh("ip neigh show 192.0.2.5 dev br0"); !strings.Contains(text, vmMAC+" PERMANENT") {
+	if text := s.Sh("ip neigh show 192.0.2.5 dev br0"); !strings.Contains(text, vmMAC+" PERMANENT") {
 		t.Errorf("neighbour: %s", text)
 	}
-	if text := s.sh("bridge fdb show | grep " + vmMAC); !strings.Contains(text, "dev v0") || strings.Contains(text, "w0") {
+	if text := s.Sh("bridge fdb show | grep " + vmMAC); !strings.Contains(text, "dev v0") || strings.Contains(text, "w0") {
 		t.Errorf("FDB: %s", text)
 	}
 	s.revert(h, steps...)
-	if text := s.sh("ip neigh; bridge fdb show"); strings.Contains(text, vmMAC) {
+	if text := s.Sh("ip neigh; bridge fdb show"); strings.Contains(text, vmMAC) {
 		t.Errorf("left: %s", text)
 	}
 }
@@ -290,13 +292,13 @@ func TestWhatTheKernelLearnedGivesWay(t *testing.T) {
 func TestEntryOfLibvirtServes(t *testing.T) {
 	s := bridgeSite(t)
 	h := s.host()
-	s.sh("bridge fdb add 52:54:00:00:00:01 dev v0 master static")
+	s.Sh("bridge fdb add 52:54:00:00:00:01 dev v0 master static")
 	before := s.settled()
 	step := Step{FDB: &FDB{Dev: "v0", MAC: vmMAC}}
 	s.apply(h, step)
-	same(t, "applied", before, s.settled())
+	testnet.Same(t, "applied", before, s.settled())
 	s.revert(h, step)
-	same(t, "reverted", before, s.settled())
+	testnet.Same(t, "reverted", before, s.settled())
 }
 
 func TestSysctlGoesBackOnlyFromOurs(t *testing.T) {
@@ -304,7 +306,7 @@ func TestSysctlGoesBackOnlyFromOurs(t *testing.T) {
 	h := s.host()
 	step := Step{Sysctl: &Sysctl{Key: "net/ipv4/conf/br0/rp_filter", Value: "2", Was: "0"}}
 	value := func() (v string) {
-		s.must(func() (err error) {
+		s.Must(func() (err error) {
 			v, err = h.Sysctl(step.Sysctl.Key)
 			return err
 		})
@@ -314,7 +316,7 @@ func TestSysctlGoesBackOnlyFromOurs(t *testing.T) {
 	if v := value(); v != "2" {
 		t.Fatalf("applied: %s", v)
 	}
-	s.sh("sysctl -qw net.ipv4.conf.br0.rp_filter=1")
+	s.Sh("sysctl -qw net.ipv4.conf.br0.rp_filter=1")
 	s.revert(h, step)
 	if v := value(); v != "1" {
 		t.Errorf("someone's 1 has become %s", v)
@@ -328,7 +330,7 @@ func TestSysctlGoesBackOnlyFromOurs(t *testing.T) {
 		t.Errorf("reverted: %s", v)
 	}
 	s.apply(h, step)
-	s.sh("ip link del br0")
+	s.Sh("ip link del br0")
 	s.revert(h, step)
 }
 
@@ -337,9 +339,9 @@ func TestDevicesGoneAreNoError(t *testing.T) {
 	s := bridgeSite(t)
 	h := s.host()
 	s.apply(h, plan()...)
-	s.sh("ip link del br0; ip link del up0; ip link del v0; ip link del w0")
+	s.Sh("ip link del br0; ip link del up0; ip link del v0; ip link del w0")
 	s.revert(h, plan()...)
-	s.must(func() error {
+	s.Must(func() error {
 		found, err := h.Leftovers(context.Background())
 		if len(found) != 0 {
 			t.Errorf("left over: %q", found)
@@ -358,46 +360,46 @@ func TestReplace(t *testing.T) {
 		replace := func() error { return h.Replace(context.Background(), old, new) }
 		s.apply(h, old)
 		for range 2 {
-			s.must(replace)
+			s.Must(replace)
 		}
 		s.revert(h, old) // is gone, and no error
-		if text := s.sh("ip -4 route show table all; ip -6 route show table all"); strings.Count(text, "table 11901") != 1 ||
+		if text := s.Sh("ip -4 route show table all; ip -6 route show table all"); strings.Count(text, "table 11901") != 1 ||
 			!strings.Contains(text, "dev v1 table 11901") || !strings.Contains(text, "mtu 1300") {
 			t.Errorf("%v: %s", dst, text)
 		}
 		s.revert(h, new)
-		s.must(replace) // though the old one is gone
+		s.Must(replace) // though the old one is gone
 		s.revert(h, new)
-		same(t, "reverted", before, s.settled())
+		testnet.Same(t, "reverted", before, s.settled())
 
-		s.sh("ip route add " + dst.String() + " dev w1 table 11901")
-		if err := s.run(replace); !errors.Is(err, ErrTaken) || !strings.Contains(err.Error(), "w1") {
+		s.Sh("ip route add " + dst.String() + " dev w1 table 11901")
+		if err := s.Run(replace); !errors.Is(err, ErrTaken) || !strings.Contains(err.Error(), "w1") {
 			t.Errorf("replaced someone's route: %v", err)
 		}
-		s.sh("ip route del " + dst.String() + " dev w1 table 11901")
+		s.Sh("ip route del " + dst.String() + " dev w1 table 11901")
 	}
 
 	old := Step{Table: &Table{Family: "inet", Name: "wanmig_0", Body: clampBody}}
 	new := Step{Table: &Table{Family: "bridge", Name: "wanmig_1", Body: redirectBody}}
 	s.apply(h, old)
 	for range 2 {
-		s.must(func() error { return h.Replace(context.Background(), old, new) })
+		s.Must(func() error { return h.Replace(context.Background(), old, new) })
 	}
-	if text := s.sh("nft list tables"); text != "table ip other\ntable bridge wanmig_1\n" {
+	if text := s.Sh("nft list tables"); text != "table ip other\ntable bridge wanmig_1\n" {
 		t.Errorf("tables:\n%s", text)
 	}
 	// What does not hold leaves the old one.
 	broken := Step{Table: &Table{Family: "bridge", Name: "wanmig_1", Body: "chain c { jump nowhere }"}}
-	if err := s.run(func() error { return h.Replace(context.Background(), new, broken) }); err == nil {
+	if err := s.Run(func() error { return h.Replace(context.Background(), new, broken) }); err == nil {
 		t.Error("a rule that leads nowhere is accepted")
 	}
-	if text := s.sh("nft list tables"); text != "table ip other\ntable bridge wanmig_1\n" {
+	if text := s.Sh("nft list tables"); text != "table ip other\ntable bridge wanmig_1\n" {
 		t.Errorf("tables:\n%s", text)
 	}
 	s.revert(h, new)
-	same(t, "reverted", before, s.settled())
+	testnet.Same(t, "reverted", before, s.settled())
 
-	if err := s.run(func() error { return h.Replace(context.Background(), old, Step{Sysctl: plan()[1].Sysctl}) }); !errors.Is(err, ErrInvalid) {
+	if err := s.Run(func() error { return h.Replace(context.Background(), old, Step{Sysctl: plan()[1].Sysctl}) }); !errors.Is(err, ErrInvalid) {
 		t.Errorf("replaced a table by a sysctl: %v", err)
 	}
 }
@@ -407,16 +409,16 @@ func TestWithoutNFT(t *testing.T) {
 	h := s.host()
 	// A mount namespace of its own would hide nft; no program by that name
 	// does as well, once /usr/sbin is out of sight.
-	s.must(func() error {
+	s.Must(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 			return err
 		}
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 			return err
 		}
-		return unix.Mount("tmpfs", "/usr/sbin", "tmpfs", 0, "")
-	})
-	s.must(func() error {
+		if err := unix.Mount("tmpfs", "/usr/sbin", "tmpfs", 0, ""); err != nil {
+			return err
+		}
 		if _, err := h.ApplyAll(context.Background(), plan()[len(plan())-2:]); !errors.Is(err, ErrNoNFT) {
 			t.Errorf("ApplyAll: %v", err)
 		}

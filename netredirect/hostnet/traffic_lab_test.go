@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
 // listen echoes what comes to an address of the site by TCP, and sends the
@@ -21,7 +23,7 @@ import (
 func (s *site) listen(at netip.AddrPort, mss chan<- int) {
 	s.t.Helper()
 	var l net.Listener
-	s.must(func() (err error) {
+	s.Must(func() (err error) {
 		l, err = net.Listen("tcp", at.String())
 		return err
 	})
@@ -59,7 +61,7 @@ func segmentOf(c *net.TCPConn) (mss int) {
 // dial connects from the site.
 func (s *site) dial(from netip.Addr, to netip.AddrPort, timeout time.Duration) (c net.Conn, err error) {
 	d := net.Dialer{Timeout: timeout, LocalAddr: &net.TCPAddr{IP: from.AsSlice()}}
-	err = s.run(func() (err error) {
+	err = s.Run(func() (err error) {
 		c, err = d.Dial("tcp", to.String())
 		return err
 	})
@@ -91,19 +93,19 @@ func echo(c net.Conn, line string, timeout time.Duration) error {
 //	192.0.2.9             192.0.2.1  198.51.100.1      198.51.100.2
 //	2001:db8:1::9         ::1        2001:db8:2::1     2001:db8:2::2, the VM's 192.0.2.5, 2001:db8:1::5
 func TestBridgeTurnsFramesToTheHost(t *testing.T) {
-	host, client, away := newSite(t), newSite(t), newSite(t)
-	host.sh(`ip link add br0 address 02:00:00:00:00:01 type bridge; ip link set br0 up
+	host, client, away := newSite(t, "host"), newSite(t, "client"), newSite(t, "away")
+	host.Sh(`ip link add br0 address 02:00:00:00:00:01 type bridge; ip link set br0 up
 		ip addr add 192.0.2.1/24 dev br0; ip addr add 2001:db8:1::1/64 dev br0 nodad
 		sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.br0.rp_filter=0
 		sysctl -qw net.ipv4.conf.all.send_redirects=0`)
-	link(host, "v0", client, "eth0")
-	link(host, "up0", away, "eth0")
-	host.sh(`ip link set v0 master br0
+	testnet.Join(host.Space, "v0", client.Space, "eth0")
+	testnet.Join(host.Space, "up0", away.Space, "eth0")
+	host.Sh(`ip link set v0 master br0
 		ip addr add 198.51.100.1/24 dev up0; ip addr add 2001:db8:2::1/64 dev up0 nodad`)
-	client.sh(`ip addr add 192.0.2.9/24 dev eth0; ip addr add 2001:db8:1::9/64 dev eth0 nodad
+	client.Sh(`ip addr add 192.0.2.9/24 dev eth0; ip addr add 2001:db8:1::9/64 dev eth0 nodad
 		ip neigh add 192.0.2.5 lladdr 52:54:00:00:00:01 dev eth0 nud permanent
 		ip neigh add 2001:db8:1::5 lladdr 52:54:00:00:00:01 dev eth0 nud permanent`)
-	away.sh(`ip addr add 198.51.100.2/24 dev eth0; ip addr add 2001:db8:2::2/64 dev eth0 nodad
+	away.Sh(`ip addr add 198.51.100.2/24 dev eth0; ip addr add 2001:db8:2::2/64 dev eth0 nodad
 		ip addr add 192.0.2.5/32 dev lo; ip addr add 2001:db8:1::5/128 dev lo nodad
 		ip route add default via 198.51.100.1; ip route add default via 2001:db8:2::1`)
 
@@ -144,14 +146,14 @@ func TestBridgeTurnsFramesToTheHost(t *testing.T) {
 
 // TestProxyAnswersForTheGuest asks for the VM's addresses on its old network.
 func TestProxyAnswersForTheGuest(t *testing.T) {
-	host, client := newSite(t), newSite(t)
-	host.sh(`ip link add br0 address 02:00:00:00:00:01 type bridge; ip link set br0 up
+	host, client := newSite(t, "host"), newSite(t, "client")
+	host.Sh(`ip link add br0 address 02:00:00:00:00:01 type bridge; ip link set br0 up
 		ip addr add 192.0.2.1/24 dev br0; ip addr add 2001:db8:1::1/64 dev br0 nodad
 		sysctl -qw net.ipv4.conf.br0.forwarding=1 net.ipv6.conf.all.forwarding=1 net.ipv4.neigh.br0.proxy_delay=0 net.ipv6.neigh.br0.proxy_delay=0
 		ip link add up0 type veth peer name up1; ip link set up0 up; ip link set up1 up`)
-	link(host, "v0", client, "eth0")
-	host.sh("ip link set v0 master br0")
-	client.sh("ip addr add 192.0.2.9/24 dev eth0; ip addr add 2001:db8:1::9/64 dev eth0 nodad")
+	testnet.Join(host.Space, "v0", client.Space, "eth0")
+	host.Sh("ip link set v0 master br0")
+	client.Sh("ip addr add 192.0.2.9/24 dev eth0; ip addr add 2001:db8:1::9/64 dev eth0 nodad")
 	h := host.host()
 	host.apply(h,
 		Step{Sysctl: &Sysctl{Key: "net/ipv6/conf/br0/proxy_ndp", Value: "1", Was: "0"}},
@@ -164,7 +166,7 @@ func TestProxyAnswersForTheGuest(t *testing.T) {
 	c := client.host()
 	for _, vm := range []string{"192.0.2.5:7", "[2001:db8:1::5]:7"} {
 		at := netip.MustParseAddrPort(vm)
-		client.must(func() error { // a packet that makes the client ask
+		client.Must(func() error { // a packet that makes the client ask
 			conn, err := net.Dial("udp", vm)
 			if err != nil {
 				return err
@@ -175,7 +177,7 @@ func TestProxyAnswersForTheGuest(t *testing.T) {
 		})
 		eventually(t, vm+" is answered for", func() bool {
 			var known map[netip.Addr]net.HardwareAddr
-			client.must(func() (err error) {
+			client.Must(func() (err error) {
 				known, err = c.Neighbours("eth0")
 				return err
 			})
@@ -192,25 +194,25 @@ func TestProxyAnswersForTheGuest(t *testing.T) {
 //	203.0.113.9 (lo)                   192.0.2.5
 //	2001:db8:9::9                      2001:db8:1::5
 func pathsSites(t *testing.T) (client, host, guest *site) {
-	client, host, guest = newSite(t), newSite(t), newSite(t)
-	host.sh(`ip link add br0 address 02:00:00:00:00:01 type bridge; ip link set br0 up
+	client, host, guest = newSite(t, "client"), newSite(t, "host"), newSite(t, "guest")
+	host.Sh(`ip link add br0 address 02:00:00:00:00:01 type bridge; ip link set br0 up
 		ip addr add 192.0.2.1/24 dev br0; ip addr add 2001:db8:1::1/64 dev br0 nodad
 		sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv4.conf.all.rp_filter=0
 		sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0 net.ipv4.conf.default.rp_filter=0`)
-	client.sh(`ip addr add 203.0.113.9/32 dev lo; ip addr add 2001:db8:9::9/128 dev lo nodad
+	client.Sh(`ip addr add 203.0.113.9/32 dev lo; ip addr add 2001:db8:9::9/128 dev lo nodad
 		sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0`)
-	link(host, "wm0", client, "a0")
-	link(host, "up0", client, "b0")
-	link(host, "v0", guest, "eth0")
-	host.sh(`ip link set v0 master br0
+	testnet.Join(host.Space, "wm0", client.Space, "a0")
+	testnet.Join(host.Space, "up0", client.Space, "b0")
+	testnet.Join(host.Space, "v0", guest.Space, "eth0")
+	host.Sh(`ip link set v0 master br0
 		ip addr add 198.51.100.1/30 dev wm0; ip addr add 2001:db8:a::1/64 dev wm0 nodad
 		ip addr add 198.51.100.5/30 dev up0; ip addr add 2001:db8:b::1/64 dev up0 nodad
 		ip route add default via 198.51.100.6; ip route add default via 2001:db8:b::2
 		sysctl -qw net.ipv4.conf.wm0.rp_filter=0 net.ipv4.conf.up0.rp_filter=0`)
-	client.sh(`ip addr add 198.51.100.2/30 dev a0; ip addr add 2001:db8:a::2/64 dev a0 nodad
+	client.Sh(`ip addr add 198.51.100.2/30 dev a0; ip addr add 2001:db8:a::2/64 dev a0 nodad
 		ip addr add 198.51.100.6/30 dev b0; ip addr add 2001:db8:b::2/64 dev b0 nodad
 		sysctl -qw net.ipv4.conf.a0.rp_filter=0 net.ipv4.conf.b0.rp_filter=0`)
-	guest.sh(`ip addr add 192.0.2.5/24 dev eth0; ip addr add 2001:db8:1::5/64 dev eth0 nodad
+	guest.Sh(`ip addr add 192.0.2.5/24 dev eth0; ip addr add 2001:db8:1::5/64 dev eth0 nodad
 		ip route add default via 192.0.2.1; ip route add default via 2001:db8:1::1`)
 	return client, host, guest
 }
@@ -247,13 +249,13 @@ func TestFlowIsAnsweredByItsPath(t *testing.T) {
 		{Rule: &Rule{Priority: 1190, From: prefix("2001:db8:1::5/128"), Mark: 0x100, Mask: 0xff00, Table: 11901}},
 		{Table: &Table{Family: "inet", Name: "wanmig_0", Body: pathBody}},
 	}
-	host.sh("sysctl -qw net.netfilter.nf_conntrack_acct=1")
+	host.Sh("sysctl -qw net.netfilter.nf_conntrack_acct=1")
 	host.apply(h, steps...)
 	// left returns what has left by each path since it was last asked.
 	var before map[string]Counter
 	left := func() (tunnel, uplink uint64) {
 		var now map[string]Counter
-		host.must(func() (err error) {
+		host.Must(func() (err error) {
 			now, err = h.Counters(context.Background(), *steps[4].Table)
 			return err
 		})
@@ -279,14 +281,14 @@ func TestFlowIsAnsweredByItsPath(t *testing.T) {
 				}
 			}
 		}
-		client.sh(viaTunnel)
+		client.Sh(viaTunnel)
 		old := dial()
 		left()
 		send(old)
 		if tunnel, uplink := left(); tunnel < 20 || uplink > 2 {
 			t.Errorf("%s: of a connection by the tunnel, %d answers went there and %d elsewhere", vm, tunnel, uplink)
 		}
-		client.sh(viaUplink)
+		client.Sh(viaUplink)
 		send(old)
 		if tunnel, uplink := left(); tunnel < 20 || uplink > 2 {
 			t.Errorf("%s: after the route has moved, %d answers went to the tunnel and %d elsewhere", vm, tunnel, uplink)
@@ -299,7 +301,7 @@ func TestFlowIsAnsweredByItsPath(t *testing.T) {
 		}
 
 		var marked, all []Flow
-		host.must(func() (err error) {
+		host.Must(func() (err error) {
 			if marked, err = h.Flows([]netip.Addr{vm.Addr()}, 0x100, 0xff00); err != nil {
 				return err
 			}
@@ -317,7 +319,7 @@ func TestFlowIsAnsweredByItsPath(t *testing.T) {
 			t.Errorf("all: %+v", all)
 		}
 	}
-	host.must(func() error {
+	host.Must(func() error {
 		flows, err := h.Flows([]netip.Addr{addr("192.0.2.77")}, 0, 0)
 		if len(flows) != 0 {
 			t.Errorf("flows of someone else: %+v", flows)
@@ -325,7 +327,7 @@ func TestFlowIsAnsweredByItsPath(t *testing.T) {
 		return err
 	})
 	host.revert(h, steps...)
-	host.must(func() error {
+	host.Must(func() error {
 		if _, err := h.Counters(context.Background(), *steps[4].Table); !strings.Contains(fmt.Sprint(err), "not exist") {
 			t.Errorf("counters of no table: %v", err)
 		}
@@ -337,8 +339,8 @@ func TestFlowIsAnsweredByItsPath(t *testing.T) {
 func TestSegmentsAreClamped(t *testing.T) {
 	client, host, guest := pathsSites(t)
 	h := host.host()
-	client.sh(viaTunnel)
-	host.sh("ip link set wm0 mtu 1400; ip route replace default via 198.51.100.2; ip route replace default via 2001:db8:a::2")
+	client.Sh(viaTunnel)
+	host.Sh("ip link set wm0 mtu 1400; ip route replace default via 198.51.100.2; ip route replace default via 2001:db8:a::2")
 	clamp := Step{Table: &Table{Family: "inet", Name: "wanmig_0", Body: strings.ReplaceAll(clampBody, "up0", "wm0")}}
 	for _, c := range []struct {
 		from, vm  string
@@ -371,14 +373,14 @@ func TestSegmentsAreClamped(t *testing.T) {
 func TestFacts(t *testing.T) {
 	s := bridgeSite(t)
 	h := s.host()
-	s.sh(`nft add table ip filter; nft add chain ip filter FORWARD '{ type filter hook forward priority 0; policy drop; }'
+	s.Sh(`nft add table ip filter; nft add chain ip filter FORWARD '{ type filter hook forward priority 0; policy drop; }'
 		nft add chain ip filter INPUT '{ type filter hook input priority 0; policy drop; }'
 		ip route add 198.51.100.128/25 dev up0 mtu 1300
 		ip neigh add 192.0.2.8 lladdr 52:54:00:00:00:08 dev br0 nud stale
 		ip neigh add 2001:db8:1::8 lladdr 52:54:00:00:00:08 dev br0 nud permanent
 		ip neigh add 192.0.2.7 lladdr 52:54:00:00:00:07 dev br0 nud failed`)
 	s.apply(h, Step{Table: &Table{Family: "inet", Name: "wanmig_0", Body: "chain c { type filter hook forward priority 0; policy drop; }"}})
-	s.must(func() error {
+	s.Must(func() error {
 		b, err := h.Bridge("br0")
 		if err != nil {
 			return err
@@ -431,8 +433,8 @@ func TestFacts(t *testing.T) {
 		}
 		return err
 	})
-	s.sh("ip route del default")
-	s.must(func() error {
+	s.Sh("ip route del default")
+	s.Must(func() error {
 		if _, _, _, err := h.RouteTo(addr("203.0.113.1")); !errors.Is(err, unix.ENETUNREACH) {
 			t.Errorf("route to nowhere: %v", err)
 		}

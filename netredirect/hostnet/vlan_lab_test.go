@@ -8,13 +8,15 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
 // bridgeTellsVLANsApart has ports of all sorts at a bridge that filters by VLAN.
 func bridgeTellsVLANsApart(t *testing.T) {
 	s := linkSite(t)
 	h := s.host()
-	s.sh(`ip link add br0 up type bridge vlan_filtering 1
+	s.Sh(`ip link add br0 up type bridge vlan_filtering 1
 		ip link add v0 master br0 type veth peer name v1
 		ip link add w0 master br0 type veth peer name w1`)
 	for _, c := range []struct {
@@ -31,8 +33,8 @@ func bridgeTellsVLANsApart(t *testing.T) {
 		{"w0", "bridge vlan add dev w0 vid 4094 pvid", 4094, ""},
 		{"up0", "true", 0, "up0 is no port"},
 	} {
-		s.sh(c.setup)
-		s.must(func() error {
+		s.Sh(c.setup)
+		s.Must(func() error {
 			b, err := h.Bridge("br0")
 			if !b.VLANAware {
 				t.Errorf("%s: the bridge does not tell VLANs apart: %+v", c.setup, b)
@@ -45,7 +47,7 @@ func bridgeTellsVLANsApart(t *testing.T) {
 		})
 	}
 
-	fdb := func() string { return s.sh("bridge fdb show br br0 | sort") }
+	fdb := func() string { return s.Sh("bridge fdb show br br0 | sort") }
 	before := fdb()
 	entry := func(port, vlan string) string { return vmMAC + " dev " + port + vlan + " sticky master br0 static\n" }
 	for vlan, want := range map[int][]string{
@@ -64,23 +66,23 @@ func bridgeTellsVLANsApart(t *testing.T) {
 			}
 		}
 		s.revert(h, step)
-		same(t, step.String(), before, fdb())
+		testnet.Same(t, step.String(), before, fdb())
 	}
-	s.sh("bridge fdb add " + vmMAC + " dev w0 vlan 100 master static")
+	s.Sh("bridge fdb add " + vmMAC + " dev w0 vlan 100 master static")
 	before = fdb()
 	for _, vlan := range []int{0, 100} {
 		step := Step{FDB: &FDB{Dev: "v0", MAC: vmMAC, VLAN: vlan}}
-		s.must(func() error {
+		s.Must(func() error {
 			if err := h.Apply(context.Background(), step); !errors.Is(err, ErrTaken) || !strings.Contains(err.Error(), "w0") {
 				t.Errorf("%s: %v", step, err)
 			}
 			return h.Revert(context.Background(), step)
 		})
-		same(t, step.String(), before, fdb())
+		testnet.Same(t, step.String(), before, fdb())
 	}
 
-	s.sh("ip link set br0 type bridge vlan_filtering 0")
-	s.must(func() error {
+	s.Sh("ip link set br0 type bridge vlan_filtering 0")
+	s.Must(func() error {
 		b, err := h.Bridge("br0")
 		if vlan, portErr := h.PortVLAN("v0"); b.VLANAware || vlan != 0 || portErr != nil {
 			t.Errorf("without filtering: %+v, VLAN %d of v0, %v", b, vlan, portErr)
@@ -98,16 +100,16 @@ func bridgeTellsVLANsApart(t *testing.T) {
 func bridgeOnVLANIsPlain(t *testing.T) {
 	host, other := joined(t)
 	h, o := host.host(), other.host()
-	before := settled(t, host.links)
+	before := testnet.Settled(t, host.links)
 	vlan := Step{Device: &Device{Name: "eth0.100", Kind: KindVLAN, Parent: "eth0", VLAN: 100}}
 	host.apply(h, vlan)
 	other.apply(o, vlan)
-	host.sh(`ip link add br100 address 02:00:00:00:00:01 type bridge; ip link set br100 up
+	host.Sh(`ip link add br100 address 02:00:00:00:00:01 type bridge; ip link set br100 up
 		ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up
 		ip link set v0 master br100; ip link set eth0.100 master br100
 		ip addr add 192.0.2.1/24 dev br100; ip addr add 2001:db8:1::1/64 dev br100`)
-	other.sh("ip addr add 192.0.2.9/24 dev eth0.100; ip addr add 2001:db8:1::9/64 dev eth0.100")
-	host.must(func() error {
+	other.Sh("ip addr add 192.0.2.9/24 dev eth0.100; ip addr add 2001:db8:1::9/64 dev eth0.100")
+	host.Must(func() error {
 		b, err := h.Bridge("br100")
 		if b.VLANAware || b.MTU != 1500 || b.MAC.String() != "02:00:00:00:00:01" || fmt.Sprint(b.Prefixes) != "[192.0.2.1/24 2001:db8:1::1/64]" {
 			t.Errorf("bridge: %+v", b)
@@ -120,9 +122,9 @@ func bridgeOnVLANIsPlain(t *testing.T) {
 		return err
 	})
 	for _, a := range []string{"192.0.2.9", "2001:db8:1::9"} {
-		host.sh("ping -c 1 -W 10 " + a)
+		host.Sh("ping -c 1 -W 10 " + a)
 	}
-	host.sh("ip link del br100; ip link del v0")
+	host.Sh("ip link del br100; ip link del v0")
 	host.revert(h, vlan)
-	same(t, "reverted", before, settled(t, host.links))
+	testnet.Same(t, "reverted", before, testnet.Settled(t, host.links))
 }

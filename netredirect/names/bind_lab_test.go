@@ -13,18 +13,19 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/miekg/dns"
+
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
 // named is one BIND, a child of the test.
 type named struct {
 	address string
 	dir     string
-	child   *exec.Cmd
+	stop    func()
 	log     lockedBuffer
 }
 
@@ -74,30 +75,18 @@ controls {};
 		t.Fatal(err)
 	}
 	n.start(t)
-	t.Cleanup(func() { n.stop() })
 	return n
 }
 
 func (n *named) start(t *testing.T) {
 	t.Helper()
-	n.child = exec.Command("/usr/sbin/named", "-g", "-n", "1", "-c", filepath.Join(n.dir, "named.conf"))
-	n.child.Stdout, n.child.Stderr = &n.log, &n.log
-	n.child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := n.child.Start(); err != nil {
-		t.Fatal(err)
-	}
+	child := exec.Command("/usr/sbin/named", "-g", "-n", "1", "-c", filepath.Join(n.dir, "named.conf"))
+	child.Stdout, child.Stderr = &n.log, &n.log
+	n.stop = testnet.Here(t).Start(child)
 	eventually(t, n.address+" answers", func() bool {
 		_, err := dns.Exchange(new(dns.Msg).SetQuestion("example.test.", dns.TypeSOA), net.JoinHostPort(n.address, "53"))
 		return err == nil
 	})
-}
-
-func (n *named) stop() {
-	if n.child != nil {
-		n.child.Process.Kill()
-		n.child.Wait()
-		n.child = nil
-	}
 }
 
 func (n *named) writeFile(t *testing.T, name, content string) {

@@ -26,7 +26,7 @@ func TestGuestFindsEveryoneAtTheBridge(t *testing.T) {
 	heard := s.observe(s.other, "eth0", bridgeHardware)
 	r := s.respond()
 	for _, a := range []netip.Addr{nobody4, nobody6, gateway4, netip.MustParseAddr("fe80::1")} {
-		s.try(s.guest, "ping", "-c", "1", "-W", "1", "-I", "eth0", a.String())
+		s.guest.Try("ping -c 1 -W 1 -I eth0 " + a.String())
 		s.finds(s.guest, a, bridgeHardware)
 	}
 	if n := r.Answered(); n < 4 {
@@ -36,7 +36,7 @@ func TestGuestFindsEveryoneAtTheBridge(t *testing.T) {
 		t.Errorf("others on the bridge heard answers for %v", got)
 	}
 	// They would have.
-	s.in(s.host, func() error { return AnnounceOnce("br0", bridgeHardware[:], []netip.Addr{nobody4}) })
+	s.host.Must(func() error { return AnnounceOnce("br0", bridgeHardware[:], []netip.Addr{nobody4}) })
 	s.until("others hear an announcement", func() (string, bool) {
 		got := heard.Addresses()
 		return fmt.Sprint(got), slices.Equal(got, []netip.Addr{nobody4})
@@ -47,9 +47,9 @@ func TestDuplicatesAreNotFound(t *testing.T) {
 	s := newSite(t)
 	r := s.respond()
 	detected := func(addr string) (out string) {
-		s.run(s.guest, "ip", "addr", "add", addr+"/64", "dev", "eth0")
+		s.guest.Sh("ip addr add " + addr + "/64 dev eth0")
 		s.until("detection of duplicates of "+addr, func() (string, bool) {
-			out = s.run(s.guest, "ip", "-6", "addr", "show", "dev", "eth0", "to", addr)
+			out = s.guest.Sh("ip -6 addr show dev eth0 to " + addr)
 			return out, !strings.Contains(out, "tentative") || strings.Contains(out, "dadfailed")
 		})
 		return out
@@ -62,14 +62,14 @@ func TestDuplicatesAreNotFound(t *testing.T) {
 	}
 	before := r.Answered()
 	for _, a := range []string{vm4.String(), "10.0.0.50"} {
-		if out, err := s.try(s.guest, "arping", "-0", "-c", "2", "-w", "2", "-i", "eth0", a); err == nil || !strings.Contains(out, " 0 packets received") {
+		if out, err := s.guest.Try("arping -0 -c 2 -w 2 -i eth0 " + a); err == nil || !strings.Contains(out, " 0 packets received") {
 			t.Errorf("a duplicate of %s was found: %v: %s", a, err, out)
 		}
 	}
 	if got := r.Answered(); got != before {
 		t.Errorf("%d probes answered", got-before)
 	}
-	if out := s.run(s.guest, "arping", "-c", "1", "-w", "5", "-i", "eth0", "10.0.0.50"); !strings.Contains(out, "from "+net.HardwareAddr(bridgeHardware[:]).String()) {
+	if out := s.guest.Sh("arping -c 1 -w 5 -i eth0 10.0.0.50"); !strings.Contains(out, "from "+net.HardwareAddr(bridgeHardware[:]).String()) {
 		t.Errorf("a question is not answered: %s", out)
 	}
 }
@@ -80,13 +80,13 @@ func TestTellCorrectsWhatTheGuestKnows(t *testing.T) {
 	gateways := []netip.Addr{otherLocal, other6, other4}
 	// The guest knows its default route from the other's advertisement. A router
 	// says that it is one when it is asked for, too.
-	s.in(s.other, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0o644) })
+	s.other.Must(func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0o644) })
 	ra := s.listen(s.other, vmHardware)
 	if err := ra.send(routerAdvertisement(t)); err != nil {
 		t.Fatal(err)
 	}
 	defaultRoute := func() (string, bool) {
-		out := s.run(s.guest, "ip", "-6", "route", "show", "default")
+		out := s.guest.Sh("ip -6 route show default")
 		return out, strings.Contains(out, "via "+otherLocal.String())
 	}
 	s.until("default route", defaultRoute)
@@ -136,11 +136,11 @@ func TestAnnounceChangesWhatOthersKnow(t *testing.T) {
 	for _, a := range addrs {
 		// Each right after it was learned.
 		s.learn(s.other, a, vmHardware)
-		s.in(s.host, func() error { return AnnounceOnce("br0", bridgeHardware[:], []netip.Addr{a}) })
+		s.host.Must(func() error { return AnnounceOnce("br0", bridgeHardware[:], []netip.Addr{a}) })
 		s.finds(s.other, a, bridgeHardware)
 	}
 	for _, a := range addrs {
-		s.in(s.host, func() error { return AnnounceOnce("br0", vmHardware[:], []netip.Addr{a}) })
+		s.host.Must(func() error { return AnnounceOnce("br0", vmHardware[:], []netip.Addr{a}) })
 		s.finds(s.other, a, vmHardware)
 	}
 }
@@ -153,13 +153,13 @@ func TestAnnounceRepeats(t *testing.T) {
 		return a == nobody4 || a == nobody6
 	}
 	addrs := []netip.Addr{nobody4, nobody6}
-	s.in(s.host, func() error { return Announce(t.Context(), "br0", bridgeHardware[:], addrs) })
+	s.host.Must(func() error { return Announce(t.Context(), "br0", bridgeHardware[:], addrs) })
 	if n := p.hears(t, 4*3+1, time.Second, announced); n != 4*3 {
 		t.Errorf("%d frames heard, want four times three", n)
 	}
 	ended, end := context.WithCancel(t.Context())
 	end()
-	s.in(s.host, func() error { return Announce(ended, "br0", bridgeHardware[:], addrs) })
+	s.host.Must(func() error { return Announce(ended, "br0", bridgeHardware[:], addrs) })
 	if n := p.hears(t, 3+1, time.Second, announced); n != 3 {
 		t.Errorf("%d frames heard, want one time three", n)
 	}
@@ -167,7 +167,7 @@ func TestAnnounceRepeats(t *testing.T) {
 
 func TestAnnounceRefuses(t *testing.T) {
 	s := newSite(t)
-	s.run(s.host, "ip", "link", "set", "br0", "down")
+	s.host.Sh("ip link set br0 down")
 	for _, c := range []struct {
 		dev  string
 		mac  net.HardwareAddr
@@ -181,7 +181,7 @@ func TestAnnounceRefuses(t *testing.T) {
 		{"br0", bridgeHardware[:], netip.Addr{}, "not the address of one host"},
 		{"br0", bridgeHardware[:], vm4, "network is down"},
 	} {
-		s.in(s.host, func() error {
+		s.host.Must(func() error {
 			err := AnnounceOnce(c.dev, c.mac, []netip.Addr{c.addr})
 			if err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("announce %v on %s: %v, want %q", c.addr, c.dev, err, c.want)
@@ -195,10 +195,10 @@ func TestObserverFindsAddresses(t *testing.T) {
 	s := newSite(t)
 	o := s.observe(s.host, "tap0", vmHardware)
 	s.until("answer to a ping", func() (string, bool) {
-		out, err := s.try(s.other, "ping", "-c", "1", "-W", "1", vm4.String())
+		out, err := s.other.Try("ping -c 1 -W 1 " + vm4.String())
 		return out, err == nil
 	})
-	s.run(s.other, "ping", "-c", "1", "-W", "5", vm6.String())
+	s.other.Sh("ping -c 1 -W 5 " + vm6.String())
 	want := []netip.Addr{vm4, vm6}
 	s.until("addresses of the guest", func() (string, bool) {
 		got := o.Addresses()
@@ -295,21 +295,21 @@ func TestFloodIsBounded(t *testing.T) {
 	if most := readBurst + 1 + uint64(time.Since(start).Seconds()*readRate); n > most {
 		t.Errorf("%d answers, want at most %d", n, most)
 	}
-	s.try(s.guest, "ping", "-c", "1", "-W", "1", nobody4.String())
+	s.guest.Try("ping -c 1 -W 1 " + nobody4.String())
 	s.finds(s.guest, nobody4, bridgeHardware)
 }
 
 func TestTapGoesDownAndUp(t *testing.T) {
 	s := newSite(t)
 	r := s.respond()
-	s.run(s.host, "ip", "link", "set", "tap0", "down")
+	s.host.Sh("ip link set tap0 down")
 	if err := r.Tell([]netip.Addr{other4}); err == nil {
 		t.Error("told through a tap that is down")
 	}
-	s.run(s.host, "ip", "link", "set", "tap0", "up")
-	s.try(s.guest, "ping", "-c", "1", "-W", "1", nobody4.String())
+	s.host.Sh("ip link set tap0 up")
+	s.guest.Try("ping -c 1 -W 1 " + nobody4.String())
 	s.finds(s.guest, nobody4, bridgeHardware)
-	s.run(s.host, "ip", "link", "del", "tap0")
+	s.host.Sh("ip link del tap0")
 	if err := r.Close(); err != nil {
 		t.Error(err)
 	}
@@ -319,7 +319,7 @@ func TestTapGoesDownAndUp(t *testing.T) {
 func TestTap(t *testing.T) {
 	s := newSite(t)
 	var vm *os.File
-	s.in(s.host, func() error {
+	s.host.Must(func() error {
 		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 		if err != nil {
 			return err
@@ -336,9 +336,9 @@ func TestTap(t *testing.T) {
 		return nil
 	})
 	defer vm.Close()
-	s.run(s.host, "ip", "link", "set", "tap1", "master", "br0", "up")
+	s.host.Sh("ip link set tap1 master br0 up")
 	var r *Responder
-	s.in(s.host, func() (err error) {
+	s.host.Must(func() (err error) {
 		r, err = NewResponder("tap1", vmHardware[:], bridgeHardware[:], []netip.Addr{vm4, vm6}, slog.New(slog.NewTextHandler(t.Output(), nil)))
 		return err
 	})
@@ -385,11 +385,11 @@ func TestCloseLeavesNothing(t *testing.T) {
 	s := newSite(t)
 	traces := func() string {
 		var sockets []byte
-		s.in(s.host, func() (err error) {
+		s.host.Must(func() (err error) {
 			sockets, err = os.ReadFile("/proc/thread-self/net/packet")
 			return err
 		})
-		link := s.run(s.host, "ip", "-d", "link", "show", "dev", "tap0")
+		link := s.host.Sh("ip -d link show dev tap0")
 		_, promiscuity, _ := strings.Cut(link, "promiscuity ")
 		return fmt.Sprintf("%d sockets, promiscuity %s", strings.Count(string(sockets), "\n")-1, strings.Fields(promiscuity)[0])
 	}

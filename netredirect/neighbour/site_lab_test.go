@@ -8,19 +8,17 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/net/bpf"
-	"golang.org/x/sys/unix"
+
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
-// The lab, three network namespaces without names, which end with the test:
+// The lab, three network namespaces:
 //
 //	guest           host                      other
 //	eth0 ---- tap0 [br0] port0 ------------- eth0
@@ -29,7 +27,7 @@ import (
 // A veth stands for the tap: a bridge and a packet socket see no difference.
 type site struct {
 	t                  *testing.T
-	guest, host, other *space
+	guest, host, other *testnet.Space
 }
 
 var (
@@ -41,113 +39,29 @@ var (
 )
 
 func newSite(t *testing.T) *site {
-	s := &site{t, newSpace(t), newSpace(t), newSpace(t)}
-	s.in(s.host, func() error {
-		br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0", HardwareAddr: bridgeHardware[:]}}
-		if err := netlink.LinkAdd(br); err != nil {
-			return err
-		}
-		for port, end := range map[string]struct {
-			*space
-			hardware
-		}{"tap0": {s.guest, vmHardware}, "port0": {s.other, otherHardware}} {
-			veth := &netlink.Veth{
-				LinkAttrs: netlink.LinkAttrs{Name: port, MasterIndex: br.Index}, PeerName: "eth0",
-				PeerHardwareAddr: end.hardware[:], PeerNamespace: netlink.NsFd(end.fd),
-			}
-			if err := netlink.LinkAdd(veth); err != nil {
-				return fmt.Errorf("make %s: %w", port, err)
-			}
-		}
-		return nil
-	})
-	for _, dev := range []string{"br0", "tap0", "port0"} {
-		s.run(s.host, "ip", "link", "set", dev, "up")
+	s := &site{t, testnet.New(t, "guest"), testnet.New(t, "host"), testnet.New(t, "other")}
+	for _, where := range []*testnet.Space{s.guest, s.host, s.other} { // it may have these from the machine
+		where.Sh(`cd /proc/sys/net/ipv6/conf/default
+			echo 0 > forwarding; echo 1 > accept_ra; echo 1 > accept_dad; echo 1 > dad_transmits`)
 	}
-	for end, last := range map[*space]string{s.guest: "5", s.other: "7"} {
-		s.run(end, "ip", "link", "set", "eth0", "up")
-		s.run(end, "ip", "addr", "add", "10.0.0."+last+"/24", "dev", "eth0")
-		s.run(end, "ip", "addr", "add", "2001:db8::"+last+"/64", "dev", "eth0", "nodad")
+	s.host.Sh("ip link add br0 address " + net.HardwareAddr(bridgeHardware[:]).String() + " type bridge; ip link set br0 up")
+	for port, end := range map[string]struct {
+		*testnet.Space
+		hardware
+		last string
+	}{"tap0": {s.guest, vmHardware, "5"}, "port0": {s.other, otherHardware, "7"}} {
+		testnet.Join(s.host, port, end.Space, "eth0")
+		s.host.Sh("ip link set " + port + " master br0")
+		end.Sh(fmt.Sprintf(`ip link set eth0 down; ip link set eth0 address %s up
+			ip addr add 10.0.0.%s/24 dev eth0; ip addr add 2001:db8::%[2]s/64 dev eth0 nodad`, net.HardwareAddr(end.hardware[:]), end.last))
 	}
 	for dev, ready := range map[string]string{"br0": "state UP", "tap0": "state forwarding", "port0": "state forwarding"} {
 		s.until(dev+" up", func() (string, bool) {
-			out := s.run(s.host, "ip", "-d", "link", "show", "dev", dev)
+			out := s.host.Sh("ip -d link show dev " + dev)
 			return out, strings.Contains(out, ready)
 		})
 	}
 	return s
-}
-
-// A space is a thread in a network namespace of its own.
-type space struct {
-	fd    int
-	calls chan func()
-}
-
-func newSpace(t *testing.T) *space {
-	t.Helper()
-	s := &space{calls: make(chan func())}
-	ready := make(chan error)
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			s.fd, err = unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		}
-		// A new namespace may have these from the host.
-		for key, value := range map[string]string{"disable_ipv6": "0", "accept_dad": "1", "dad_transmits": "1", "forwarding": "0", "accept_ra": "1"} {
-			if err == nil {
-				err = os.WriteFile("/proc/sys/net/ipv6/conf/default/"+key, []byte(value), 0o644)
-			}
-		}
-		ready <- err
-		if err != nil {
-			return
-		}
-		for f := range s.calls {
-			f()
-		}
-		unix.Close(s.fd)
-	}()
-	if err := <-ready; err != nil {
-		t.Fatalf("make network namespace: %v", err)
-	}
-	t.Cleanup(func() { close(s.calls) })
-	return s
-}
-
-func (s *site) in(where *space, f func() error) {
-	s.t.Helper()
-	done := make(chan error)
-	where.calls <- func() { done <- f() }
-	if err := <-done; err != nil {
-		s.t.Fatal(err)
-	}
-}
-
-// try runs a command in a namespace; it may fail.
-func (s *site) try(where *space, name string, args ...string) (string, error) {
-	s.t.Helper()
-	var out []byte
-	var failed error
-	s.in(where, func() error {
-		cmd := exec.Command(name, args...)
-		out, failed = cmd.CombinedOutput()
-		if cmd.ProcessState == nil {
-			return failed // not a matter of what it found
-		}
-		return nil
-	})
-	return string(out), failed
-}
-
-func (s *site) run(where *space, name string, args ...string) string {
-	s.t.Helper()
-	out, err := s.try(where, name, args...)
-	if err != nil {
-		s.t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
-	}
-	return out
 }
 
 // until waits for what the kernel does in its own time.
@@ -165,23 +79,23 @@ func (s *site) until(what string, f func() (now string, ok bool)) {
 }
 
 // finds waits until a neighbour entry has a hardware address.
-func (s *site) finds(where *space, a netip.Addr, at hardware) {
+func (s *site) finds(where *testnet.Space, a netip.Addr, at hardware) {
 	s.t.Helper()
 	s.until(fmt.Sprintf("%v at %v", a, net.HardwareAddr(at[:])), func() (string, bool) {
-		out := s.run(where, "ip", "neigh", "show", a.String(), "dev", "eth0")
+		out := where.Sh("ip neigh show " + a.String() + " dev eth0")
 		return out, strings.Contains(out, "lladdr "+net.HardwareAddr(at[:]).String()+" ")
 	})
 }
 
 // learn makes an entry of a neighbour that is there.
-func (s *site) learn(where *space, a netip.Addr, at hardware) {
+func (s *site) learn(where *testnet.Space, a netip.Addr, at hardware) {
 	s.t.Helper()
 	s.until("ping "+a.String(), func() (string, bool) {
-		out, err := s.try(where, "ping", "-c", "1", "-W", "1", "-I", "eth0", a.String())
+		out, err := where.Try("ping -c 1 -W 1 -I eth0 " + a.String())
 		return out, err == nil
 	})
 	s.finds(where, a, at)
-	if out := s.run(where, "ip", "neigh", "show", a.String(), "dev", "eth0"); !strings.Contains(out, "REACHABLE") {
+	if out := where.Sh("ip neigh show " + a.String() + " dev eth0"); !strings.Contains(out, "REACHABLE") {
 		s.t.Fatalf("%v is not sure of where %v is: %s", where, a, out)
 	}
 }
@@ -189,7 +103,7 @@ func (s *site) learn(where *space, a netip.Addr, at hardware) {
 func (s *site) respond() *Responder {
 	s.t.Helper()
 	var r *Responder
-	s.in(s.host, func() (err error) {
+	s.host.Must(func() (err error) {
 		r, err = NewResponder("tap0", vmHardware[:], bridgeHardware[:], []netip.Addr{vm4, vm6}, slog.New(slog.NewTextHandler(s.t.Output(), nil)))
 		return err
 	})
@@ -197,10 +111,10 @@ func (s *site) respond() *Responder {
 	return r
 }
 
-func (s *site) observe(where *space, dev string, mac hardware) *Observer {
+func (s *site) observe(where *testnet.Space, dev string, mac hardware) *Observer {
 	s.t.Helper()
 	var o *Observer
-	s.in(where, func() (err error) {
+	where.Must(func() (err error) {
 		o, err = Observe(dev, mac[:])
 		return err
 	})
@@ -209,10 +123,10 @@ func (s *site) observe(where *space, dev string, mac hardware) *Observer {
 }
 
 // listen opens a port that hears what another station than its own sends.
-func (s *site) listen(where *space, from hardware) *port {
+func (s *site) listen(where *testnet.Space, from hardware) *port {
 	s.t.Helper()
 	var p *port
-	s.in(where, func() (err error) {
+	where.Must(func() (err error) {
 		if p, err = openPort("eth0"); err != nil {
 			return err
 		}

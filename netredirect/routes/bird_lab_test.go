@@ -9,20 +9,16 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
-	"golang.org/x/sys/unix"
+	"github.com/wanmig/wanmig/netredirect/internal/testnet"
 )
 
 var cables atomic.Int32
@@ -38,8 +34,7 @@ type cable struct {
 type router struct {
 	t    *testing.T
 	dir  string
-	cmd  *exec.Cmd
-	done chan struct{}
+	kill func() // ends BIRD at once, and with it the cable
 }
 
 func newCable(t *testing.T) *cable {
@@ -61,34 +56,32 @@ func (c *cable) v6(host int) netip.Addr {
 // plugs the cable in.
 func (c *cable) start(protocols string) *router {
 	c.t.Helper()
-	r := &router{t: c.t, dir: c.t.TempDir(), done: make(chan struct{})}
+	r := &router{t: c.t, dir: c.t.TempDir()}
 	r.configure(c, protocols)
-	r.cmd = again(roleBIRD, "-c", r.file("conf"), "-s", r.file("ctl"))
-	r.cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWNET
 	log, err := os.Create(r.file("log"))
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	defer log.Close()
-	r.cmd.Stderr = log
-	if err := r.cmd.Start(); err != nil {
-		c.t.Fatal(err)
-	}
-	go func() {
-		_ = r.cmd.Wait()
-		close(r.done)
-	}()
 	c.t.Cleanup(func() {
-		r.kill()
 		if c.t.Failed() {
 			c.t.Logf("BIRD:\n%s", r.log())
 		}
 	})
+	space := testnet.New(c.t, "router")
+	space.Sh(noAdvertisements)
+	bird := exec.Command("/usr/sbin/bird", "-f", "-c", r.file("conf"), "-s", r.file("ctl"))
+	bird.Stderr = log
+	kill := space.Start(bird)
 	eventually(c.t, "BIRD answers", func() error {
 		_, err := r.try("show status")
 		return err
 	})
-	c.plug(r)
+	unplug := c.plug(space)
+	r.kill = func() {
+		kill()
+		unplug()
+	}
 	c.rt = r
 	return r
 }
@@ -116,52 +109,20 @@ func (r *router) configure(c *cable, protocols string) {
 }
 
 // plug connects this namespace and the router's.
-func (c *cable) plug(r *router) {
+func (c *cable) plug(router *testnet.Space) (unplug func()) {
 	c.t.Helper()
-	must := func(err error) {
-		c.t.Helper()
-		if err != nil {
-			c.t.Fatal(err)
-		}
-	}
-	name := fmt.Sprintf("t%d", c.n)
-	must(netlink.LinkAdd(&netlink.Veth{
-		LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: "up", PeerNamespace: netlink.NsPid(r.cmd.Process.Pid),
-	}))
-	here, err := netlink.NewHandle()
-	must(err)
-	defer here.Close()
-	ns, err := netns.GetFromPid(r.cmd.Process.Pid)
-	must(err)
-	defer ns.Close()
-	there, err := netlink.NewHandleAt(ns)
-	must(err)
-	defer there.Close()
+	here, name := testnet.Here(c.t), fmt.Sprintf("t%d", c.n)
+	testnet.Join(here, name, router, "up")
 	for _, end := range []struct {
-		at    *netlink.Handle
+		at    *testnet.Space
 		name  string
 		hosts []int
-	}{{there, "up", []int{1}}, {here, name, []int{2, 3}}} {
-		link, err := end.at.LinkByName(end.name)
-		must(err)
-		must(end.at.LinkSetUp(link))
+	}{{router, "up", []int{1}}, {here, name, []int{2, 3}}} {
 		for _, host := range end.hosts {
-			for _, a := range []netip.Addr{c.v4(host), c.v6(host)} {
-				bits := 24
-				if a.Is6() {
-					bits = 64
-				}
-				ip := &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, a.BitLen())}
-				must(end.at.AddrAdd(link, &netlink.Addr{IPNet: ip, Flags: unix.IFA_F_NODAD}))
-			}
+			end.at.Sh(fmt.Sprintf("ip addr add %v/24 dev %s; ip addr add %v/64 dev %[2]s nodad", c.v4(host), end.name, c.v6(host)))
 		}
 	}
-}
-
-// kill ends BIRD at once, and with it the cable.
-func (r *router) kill() {
-	_ = r.cmd.Process.Kill()
-	<-r.done
+	return func() { here.Sh("ip link del " + name) }
 }
 
 func (r *router) try(command string) (string, error) {
@@ -254,7 +215,7 @@ func speak(t *testing.T, config Config, resume ...netip.Prefix) *Speaker {
 	return s
 }
 
-// process is a speaker in a process of its own.
+// process is a speaker in a process of its own, which ends with its input.
 type process struct {
 	t     *testing.T
 	cmd   *exec.Cmd
@@ -267,7 +228,8 @@ func speakElsewhere(t *testing.T, args speakerArgs) *process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &process{t: t, cmd: again(roleSpeaker, string(text))}
+	p := &process{t: t, cmd: exec.Command("/proc/self/exe")}
+	p.cmd.Env = append(os.Environ(), speakerVar+"="+string(text))
 	p.cmd.Stderr = t.Output()
 	if p.input, err = p.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
