@@ -447,7 +447,12 @@ func (v *VM) serialEnd(site *Site) string {
 	if err != nil {
 		return err.Error()
 	}
-	return lastLines(strings.ReplaceAll(string(b), "\r", ""), 40)
+	text := strings.ReplaceAll(string(b), "\r", "")
+	if before, panic, ok := strings.Cut(text, "Kernel panic"); ok { // what led to it says more than the kernel's registers
+		reason, _, _ := strings.Cut(panic, "\n")
+		text = before + "Kernel panic" + reason
+	}
+	return lastLines(text, 40)
 }
 
 // Remove ends the VM wherever it is and removes it with all files that were made for it, and what a move made of its disks

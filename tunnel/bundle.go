@@ -63,10 +63,22 @@ func (b *bundle) join(conn *quic.Conn) (number int, err error) {
 	return len(b.carriers), nil
 }
 
+// farewell is how long after a reset of one carrier the peer's reason may still
+// come by another: a peer that has closed a connection and forgotten it answers
+// like one that was restarted.
+const farewell = 250 * time.Millisecond
+
 // watch ends the bundle with a connection of it.
 func (b *bundle) watch(conn *quic.Conn, number int) {
 	b.run(func() {
 		<-conn.Context().Done()
+		var reset *quic.StatelessResetError
+		if errors.As(context.Cause(conn.Context()), &reset) {
+			select {
+			case <-b.ctx.Done():
+			case <-time.After(farewell):
+			}
+		}
 		err := b.explain(context.Cause(conn.Context()))
 		code := closeLost
 		if errors.Is(err, ErrClosedByPeer) {
@@ -163,7 +175,6 @@ func (b *bundle) explain(err error) error {
 	}
 	var closed *quic.ApplicationError
 	var idle *quic.IdleTimeoutError
-	var restarted *quic.StatelessResetError
 	switch {
 	case errors.As(err, &closed) && closed.Remote && closed.ErrorCode == closeLost:
 		return fmt.Errorf("%w: the agent at %s reports: %s", ErrLost, b.RemoteAddr(), printable(closed.ErrorMessage))
@@ -173,7 +184,7 @@ func (b *bundle) explain(err error) error {
 		return fmt.Errorf("%w here: %s", ErrClosed, closed.ErrorMessage)
 	case errors.As(err, &idle):
 		return fmt.Errorf("%w: no answer from %s for %v: link down or agent gone", ErrLost, b.RemoteAddr(), IdleTimeout)
-	case errors.As(err, &restarted):
+	case errors.As(err, new(*quic.StatelessResetError)):
 		return fmt.Errorf("%w: the agent at %s was restarted", ErrLost, b.RemoteAddr())
 	case errors.Is(err, quic.ErrTransportClosed):
 		return fmt.Errorf("%w here with its endpoint", ErrClosed)

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -289,6 +288,24 @@ func TestLabMirror(t *testing.T) {
 	}
 }
 
+// listening tells whether a program listens on a unix socket, without connecting:
+// a qemu-storage-daemon that is told to end while a connection that said nothing
+// goes away may never end.
+func listening(t *testing.T, socket string) bool {
+	t.Helper()
+	b, err := os.ReadFile("/proc/net/unix") // proc_pid_net(5)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const acceptsConnections = "00010000"
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) == 8 && f[3] == acceptsConnections && f[7] == socket {
+			return true
+		}
+	}
+	return false
+}
+
 // startTool starts a server of QEMU's in the background and waits for its socket.
 func startTool(t *testing.T, socket string, name string, args ...string) (stop func()) {
 	t.Helper()
@@ -317,8 +334,7 @@ func startTool(t *testing.T, socket string, name string, args ...string) (stop f
 	}
 	t.Cleanup(stop)
 	for {
-		if conn, err := net.Dial("unix", socket); err == nil {
-			conn.Close()
+		if listening(t, socket) {
 			return stop
 		}
 		select {
