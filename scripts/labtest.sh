@@ -14,15 +14,14 @@ bin/wanlab image # once, before tests wait for it
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 status=0
-# Labs want the machine for themselves, one at a time; the parts that have namespaces of their own mostly wait.
+# Packages with labs want the machine for themselves, one at a time; the other parts mostly wait.
 tests() { # JOBS PACKAGES...
 	jobs=$1
 	shift
 	go test -tags lab -count=1 -p "$jobs" -parallel 3 -timeout 14m -run "${RUN:-.}" -v "$@" >>"$log" 2>&1 || status=$?
 }
-tests 4 ./netredirect/...
 # shellcheck disable=SC2046
-tests 2 $(go list ./... | grep -vE '/netredirect|/lab(/e2e)?$')
+tests 4 $(go list ./... | grep -vE '/lab(/e2e)?$')
 tests 1 ./lab ./lab/e2e
 grep -E '^(=== RUN|\? )|no tests to run' -v "$log" || true
 if grep -q -- '--- SKIP' "$log"; then

@@ -16,6 +16,7 @@ import (
 // TestMoves moves guests of every kind, live and under load. They land paused,
 // so that the images of both sites can be compared, and go on afterwards.
 func TestMoves(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, "400mbit", "20ms")
 	const size = "256MiB"
 	cases := []struct {
@@ -94,6 +95,7 @@ func (w *world) checkDefinition(o lab.VMOptions) {
 
 // TestMoveOfABlockDevice moves a guest from one loop device to another.
 func TestMoveOfABlockDevice(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, "400mbit", "20ms")
 	const size = 128 << 20
 	from, to := loop(t, size), loop(t, size)
