@@ -1,15 +1,15 @@
 //go:build lab || bench
 
-// Package testnet makes networks for tests, of which only tests import it: network namespaces that are hosts, and cables
-// between them.
+// Package testnet makes networks for tests, which alone import it: network namespaces that are hosts, and cables between
+// them.
 //
 //	client, server := testnet.New(t, "client"), testnet.New(t, "server")
 //	testnet.Join(client, "eth0", server, "eth0")
 //	server.Sh("ip addr add 192.0.2.1/24 dev eth0")
 //
 // A space's name is for messages alone. The kernel knows the namespace by none, so that tests which run at once can't
-// meet, and removes it with the last file and process that are in it: also after a test that panics or is killed,
-// nothing is left for the next.
+// meet, and removes it with the last process and file in it: also a test that panics or is killed leaves nothing to the
+// next.
 package testnet
 
 import (
