@@ -277,6 +277,7 @@ func TestKilledSupervisorTakesServicesWithIt(t *testing.T) {
 }
 
 func TestGuestHasBothFamiliesAndAName(t *testing.T) {
+	t.Parallel() // in a lab of its own, mostly waiting for its guest
 	l := makeServices(t)
 	v := createVM(t, l, VMOptions{Name: "web", SecondNIC: true, Memory: 256 << 20, Disks: []DiskOptions{{Size: 64 << 20, Format: "raw", Bus: "virtio"}}})
 	if got := fmt.Sprint(v.Address, " ", v.Address6); got != "10.10.0.10 fd00:10::10" {
@@ -355,6 +356,7 @@ func TestAgentsTakeTheConfigurationOfServices(t *testing.T) {
 }
 
 func TestThirdDataCentre(t *testing.T) {
+	t.Parallel() // in a lab of its own, mostly waiting for its guest
 	l := upWith(t, Options{Wanmig: buildWanmig(t), Services: true, Third: true, Link: LinkSettings{RTT: 40 * time.Millisecond}})
 	all := l.DataCentres()
 	if !slices.Equal(all, []string{LocalDC, RemoteDC, ThirdDC}) {

@@ -198,6 +198,7 @@ func damage(t *testing.T, image string, magic []byte, offset int64) {
 
 func TestGuestAnswersByTheNICThatWasAsked(t *testing.T) {
 	t.Parallel() // in a lab of its own, mostly waiting for its guest
+	t.Parallel() // in a lab of its own, mostly waiting for its guest
 	l := makeLab(t, LinkSettings{})
 	v := createVM(t, l, VMOptions{Name: "web", SecondNIC: true, Memory: 256 << 20, Disks: []DiskOptions{{Size: 16 << 20, Format: "raw", Bus: "virtio"}}})
 	again, err := l.VM("web")
@@ -251,6 +252,7 @@ func TestGuestMovesByVirsh(t *testing.T) {
 }
 
 func TestGuestOfEveryKindOfDisk(t *testing.T) {
+	t.Parallel() // in a lab of its own, mostly waiting for its guest
 	l := makeLab(t, DefaultLink())
 	backing := filepath.Join(t.TempDir(), "loop.img")
 	if out, err := exec.Command("truncate", "-s", "64M", backing).CombinedOutput(); err != nil {
@@ -363,6 +365,7 @@ func TestGuestWithUEFIAndSATA(t *testing.T) {
 }
 
 func TestGuestThatDoesNotComeUp(t *testing.T) {
+	t.Parallel() // in a lab of its own, mostly waiting for its guest
 	l := makeLab(t, DefaultLink())
 	broken := filepath.Join(t.TempDir(), "guest")
 	if err := os.WriteFile(broken, []byte("#!/bin/busybox sh\necho out of order\n"), 0o755); err != nil {

@@ -16,7 +16,6 @@ import (
 // TestMoves moves guests of every kind, live and under load. They land paused,
 // so that the images of both sites can be compared, and go on afterwards.
 func TestMoves(t *testing.T) {
-	t.Parallel()
 	w := newWorld(t, "400mbit", "20ms")
 	const size = "256MiB"
 	cases := []struct {
