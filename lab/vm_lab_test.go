@@ -198,7 +198,6 @@ func damage(t *testing.T, image string, magic []byte, offset int64) {
 
 func TestGuestAnswersByTheNICThatWasAsked(t *testing.T) {
 	t.Parallel() // in a lab of its own, mostly waiting for its guest
-	t.Parallel() // in a lab of its own, mostly waiting for its guest
 	l := makeLab(t, LinkSettings{})
 	v := createVM(t, l, VMOptions{Name: "web", SecondNIC: true, Memory: 256 << 20, Disks: []DiskOptions{{Size: 16 << 20, Format: "raw", Bus: "virtio"}}})
 	again, err := l.VM("web")
