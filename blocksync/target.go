@@ -16,7 +16,7 @@ import (
 
 // page is the smallest hole that a file system makes, and the unit in which a
 // target remembers zeros: 32 KiB for each GiB of the disk.
-const page = 4 << 10
+const page = compress.PageSize
 
 // progressInterval is how often the source learns what was applied.
 const progressInterval = 200 * time.Millisecond

@@ -86,7 +86,7 @@ func (x *redirect) repoint(to moved) {
 func (x *redirect) follow(to moved) error {
 	site, known := x.m.SiteOf(to.Peer)
 	if !known {
-		return fmt.Errorf("that is no site here: wanmig site add NAME ADDRESS --id %s, here, and this site there, lets them go directly", to.Peer)
+		return fmt.Errorf("that is no site here: wanmig site add NAME ADDRESS --id %q, here, and this site there, lets them go directly", to.Peer)
 	}
 	ctx, cancel := context.WithTimeout(x.ctx, repointTakes)
 	defer cancel()
@@ -108,6 +108,9 @@ func (x *redirect) follow(to moved) error {
 	}
 	if err := call(ctx, opStand, standRequest{}, &struct{}{}); err != nil {
 		next.Undo(err.Error())
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		_ = call(clean, opEnd, endRequest{"the source did not learn that it stands"}, &struct{}{}) // it ends there by its time, too
 		return err
 	}
 	next.change(func(r *record) { r.Deadline = x.Deadline })
