@@ -7,20 +7,34 @@ import (
 	"github.com/wanmig/wanmig/compress"
 )
 
-// Content is what the destination of a move holds: its new disks as they fill,
-// and older copies of them. Blocks of it are not sent again. The index tells where a page
-// may be; what is read there counts only if it has the page's fingerprint.
+// Content is what the destination of a move holds: its disks as they fill, and
+// the images that its operator has listed. Pages of it are not sent again. An
+// index tells where a page may be; what is read there counts only if it has the
+// page's fingerprint.
 type Content struct {
 	index *compress.Index
 
 	mu      sync.Mutex
 	sources []readerAt
+	seeds   []seed
 }
 
 // readerAt is where content can be read: a disk, or an image.
 type readerAt interface {
 	Size() int64
 	ReadAt(ctx context.Context, p []byte, off int64) error
+}
+
+// Seed is an image that has an index of its own. Find tells where a page may
+// be, as a number of pages from the image's start.
+type Seed interface {
+	readerAt
+	Find(compress.Fingerprint) (page int64, ok bool)
+}
+
+type seed struct {
+	Seed
+	place compress.Place // of its first page
 }
 
 // NewContent makes the content of a move whose disks have size bytes together.
@@ -42,8 +56,19 @@ const sourceBits = 44
 func (c *Content) add(r readerAt) compress.Place {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	return c.addLocked(r)
+}
+
+func (c *Content) addLocked(r readerAt) compress.Place {
 	c.sources = append(c.sources, r)
 	return compress.Place(len(c.sources)-1) << sourceBits
+}
+
+// Seed lets content be found in an image, which may change or end meanwhile.
+func (c *Content) Seed(s Seed) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.seeds = append(c.seeds, seed{s, c.addLocked(s)})
 }
 
 func (c *Content) source(p compress.Place) readerAt {
@@ -52,59 +77,96 @@ func (c *Content) source(p compress.Place) readerAt {
 	return c.sources[p>>sourceBits]
 }
 
-// search looks for pages, whose content it puts one after the other into buf.
-type search struct {
-	*Content
-	sums []compress.Fingerprint
-	held []bool
-	buf  []byte // nil when nothing is held
+// Search tells of each page where it was found, and returns the content of those
+// that were, each where it stands among the pages: nil when there is none.
+func (c *Content) Search(ctx context.Context, sums []compress.Fingerprint) (found []compress.Origin, content []byte) {
+	s := search{Content: c, sums: sums, found: make([]compress.Origin, len(sums))}
+	s.run(ctx)
+	return s.found, s.buf
 }
 
-// run finds what it can. Pages lie beside each other again where they did
-// before, so each that is found tells where the next one may be; that also
-// finds those that the index has forgotten.
+// search looks for pages that are not found yet.
+type search struct {
+	*Content
+	sums   []compress.Fingerprint
+	found  []compress.Origin
+	places []compress.Place // of those that are found here
+	buf    []byte           // the pages' content; nil when nothing is found
+}
+
+// run finds what it can: on the disks, then in each image. Pages lie beside each
+// other again where they did before, so each that is found tells where the next
+// one may be; that also finds those that an index has forgotten.
 func (s *search) run(ctx context.Context) {
-	places := make([]compress.Place, len(s.sums))
+	s.places = make([]compress.Place, len(s.sums))
+	s.look(ctx, compress.OnDisk, s.index.Get)
+	s.mu.Lock()
+	seeds := s.seeds
+	s.mu.Unlock()
+	for _, x := range seeds {
+		s.look(ctx, compress.OnSeed, func(f compress.Fingerprint) (compress.Place, bool) {
+			at, ok := x.Find(f)
+			return x.place + compress.Place(at), ok && at >= 0 && at < 1<<sourceBits
+		})
+	}
+}
+
+// look asks an index for the pages that are not found yet, and reads them there.
+func (s *search) look(ctx context.Context, o compress.Origin, find func(compress.Fingerprint) (compress.Place, bool)) {
 	known := make([]bool, len(s.sums))
 	any := false
 	for i, sum := range s.sums {
-		places[i], known[i] = s.index.Get(sum)
-		any = any || known[i]
+		if s.found[i] == compress.Nowhere {
+			s.places[i], known[i] = find(sum)
+			any = any || known[i]
+		}
 	}
 	if !any {
 		return
 	}
-	s.buf = make([]byte, len(s.sums)*page)
+	here := false // the page before is found, by this look
 	for i := 0; i < len(s.sums); {
-		if !known[i] && i > 0 && s.held[i-1] {
-			places[i], known[i] = places[i-1]+1, true
+		if s.found[i] != compress.Nowhere {
+			here = false
+			i++
+			continue
+		}
+		if !known[i] && here {
+			s.places[i], known[i] = s.places[i-1]+1, true
 		}
 		if !known[i] {
+			here = false
 			i++
 			continue
 		}
 		end := i + 1 // of what may be read together
-		for end < len(s.sums) && known[end] && places[end] == places[end-1]+1 {
+		for end < len(s.sums) && known[end] && s.places[end] == s.places[end-1]+1 {
 			end++
 		}
-		s.read(ctx, places[i], i, end)
+		s.read(ctx, o, s.places[i], i, end)
+		here = s.found[end-1] != compress.Nowhere
 		i = end
 	}
 }
 
 // read looks whether pages [i, end) are at a place.
-func (s *search) read(ctx context.Context, at compress.Place, i, end int) {
+func (s *search) read(ctx context.Context, o compress.Origin, at compress.Place, i, end int) {
 	src, first := s.source(at), int64(at&(1<<sourceBits-1))
 	whole := src.Size() / page
 	if first >= whole {
 		return
 	}
 	end = min(end, i+int(whole-first))
+	if s.buf == nil {
+		s.buf = make([]byte, len(s.sums)*page)
+	}
 	// What can't be read is not held.
 	if src.ReadAt(ctx, s.buf[i*page:end*page], first*page) != nil {
 		return
 	}
 	for ; i < end; i++ {
-		s.held[i] = compress.Sum(s.buf[i*page:(i+1)*page]) == s.sums[i]
+		if compress.Sum(s.buf[i*page:(i+1)*page]) == s.sums[i] {
+			s.found[i] = o
+		}
 	}
 }

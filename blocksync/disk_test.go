@@ -199,7 +199,7 @@ func newContent(tb testing.TB, size int64) *Content {
 func newTransfer(tb testing.TB, dev nbd.Device, b *Budget) *transfer {
 	return &transfer{
 		outbox: newOutbox(tb, dev.Size(), b),
-		target: NewTarget(dev, newContent(tb, dev.Size())),
+		target: NewTarget(dev, newContent(tb, dev.Size()), false),
 		budget: b,
 		frames: newPipe(),
 		acks:   newPipe(),
@@ -241,6 +241,13 @@ func (x *transfer) settled() error {
 	}
 	if s.Applied != s.SentData+s.Held+s.SentZero {
 		return fmt.Errorf("applied is not sent: %+v", s)
+	}
+	var content, zeros int64
+	for _, c := range s.Reduction.all() {
+		content += c.Bytes
+	}
+	if zeros = s.Reduction.Zero.Bytes; zeros != s.SentZero || content-zeros != s.SentData+s.Held {
+		return fmt.Errorf("reduction is not sent: %+v", s)
 	}
 	t := x.target.Stats()
 	if t.Applied != s.Applied || t.Applied != t.Written+t.Zeroed+t.Skipped || t.Held != s.Held {

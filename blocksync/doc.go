@@ -19,7 +19,14 @@
 // When little is left nothing is offered: a guest that is stopped would wait for
 // the answer.
 //
-// # Protocol, version 2
+// Where the destination has an older copy of the disk, of a move that was
+// interrupted or from before the guest left, blocks of 64 KiB are offered first,
+// and pages where the blocks differ: an exchange of 0.03 % of what is the same.
+// What is found at its own place is not written again. The rest of the older copy
+// reads as zeros in the end, as a new disk does; it stays until the first
+// barrier, so that zeros which only prepare a disk do not destroy it.
+//
+// # Protocol, version 3
 //
 // A frame is one type byte and a body, at most 4 MiB together. Numbers are
 // big-endian. Offsets and lengths are bytes of the guest's disk and lie within
@@ -32,7 +39,7 @@
 //	2     data     extents, method u8, payload
 //	3     zero     extents, each: offset u64, length u64
 //	4     barrier  id u64, final u8
-//	5     offer    id u32, extents, fingerprints of 16 bytes
+//	5     offer    id u32, unit u8, extents, fingerprints of 16 bytes
 //	6     apply    id u32
 //
 // extents: count u16, then each: offset u64, size u32
@@ -43,7 +50,8 @@
 //	1     durable   id u64, applied u64
 //	2     progress  applied u64
 //	3     failure   text, UTF-8, at most 1024 bytes
-//	4     held      id u32, bitmap
+//	4     held      id u32, two bits a unit
+//	5     ready     flags u8
 //
 // open is the first frame; a version or size that differs from the
 // destination's is refused. data carries 1 or more extents of 1,048,576 bytes
@@ -52,12 +60,17 @@
 // zeros. Frames are applied in order where they overlap, in any order where they
 // do not.
 //
-// offer carries a fingerprint of package compress for each whole page of 4 KiB,
-// counted from the disk's start, that lies in its extents, in their order. held
-// answers with a bit for each, the first the lowest of the first byte: 1 where
-// the destination has the content. apply writes that; its place among the frames
-// is what counts, not the offer's. At most 32 offers may wait for their apply,
-// after which the id is free.
+// offer carries a fingerprint of package compress for each whole unit, counted
+// from the disk's start, that lies in its extents, in their order. Unit 0 is a
+// page of 4 KiB, which may be anywhere at the destination; unit 1 a block of 64
+// KiB, which may be at the same place. held answers with two bits for each, the
+// first the lowest of the first byte: 0 where the destination does not have the
+// content, else 1 for a disk of the move, 2 for an image that its operator has
+// listed, 3 for the same place. apply writes that; its place among the frames is
+// what counts, not the offer's. At most 64 offers may wait for their apply, after
+// which the id is free: the destination keeps up to 64 MiB for them.
+//
+// ready answers open; its lowest bit tells that the disk has an older copy.
 //
 // barrier asks for durable, with the same id, once everything sent before it is
 // on stable storage. Ids count from 1. The barrier with final 1 is the last

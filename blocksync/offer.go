@@ -11,11 +11,13 @@ import (
 // held lies in buf, read and compared, until the source has it applied: whatever
 // is written meanwhile, these are the bytes that were meant.
 type offer struct {
+	unit    int64
 	extents []extent
-	sums    []compress.Fingerprint
-	held    []bool
-	buf     []byte
-	done    chan struct{} // closed when the answer is sent
+	sums    []compress.Fingerprint // of the units
+	found   []compress.Origin      // likewise
+	buf     []byte                 // the units' content, one after the other
+	pages   []compress.Fingerprint // of the pages in buf
+	done    chan struct{}          // closed when the answer is sent
 	err     error
 }
 
@@ -27,25 +29,61 @@ type offers struct {
 
 // take answers an offer beside what is received.
 func (o *offers) take(ctx context.Context, acks frameWriter, body []byte) error {
-	id, list, _, sums, err := parseOffer(body, o.t.dev.Size())
+	id, x, err := parseOffer(body, o.t.dev.Size())
 	if err != nil {
 		return err
 	}
 	if len(o.open) == maxOffers || o.open[id] != nil {
 		return fmt.Errorf("%w: offer %d, with %d that are not applied", ErrFrame, id, len(o.open))
 	}
-	x := &offer{extents: list, sums: sums, held: make([]bool, len(sums)), done: make(chan struct{})}
+	x.found, x.done = make([]compress.Origin, len(x.sums)), make(chan struct{})
 	o.open[id] = x
 	o.t.beside.Go(func() {
 		defer close(x.done)
-		search := search{Content: o.t.have, sums: x.sums, held: x.held}
-		search.run(ctx)
-		x.buf = search.buf
-		if err := acks.Send(ctx, appendHeld(nil, id, x.held)); err != nil {
+		o.t.look(ctx, x)
+		if err := acks.Send(ctx, appendHeld(nil, id, x.found)); err != nil {
 			x.err = fmt.Errorf("answer an offer: %w", err)
 		}
 	})
 	return nil
+}
+
+// look finds what is held of an offer: at the same place of an older copy, and
+// single pages in all content.
+func (t *Target) look(ctx context.Context, x *offer) {
+	if t.old {
+		t.lookSame(ctx, x)
+	}
+	if x.unit == page {
+		s := search{Content: t.have, sums: x.sums, found: x.found, buf: x.buf}
+		s.run(ctx)
+		x.buf, x.pages = s.buf, x.sums
+		return
+	}
+	x.pages = make([]compress.Fingerprint, len(x.buf)/page)
+	for i := range x.pages {
+		if x.found[int64(i)*page/x.unit] != compress.Nowhere {
+			x.pages[i] = compress.Sum(x.buf[i*page : (i+1)*page])
+		}
+	}
+}
+
+// lookSame reads the disk where the offer's units will stand.
+func (t *Target) lookSame(ctx context.Context, x *offer) {
+	x.buf = make([]byte, int64(len(x.sums))*x.unit)
+	var runs []extent
+	unitsOf(x.extents, x.unit, func(u, _ int64) { runs = appendExtent(runs, extent{u * x.unit, x.unit}, maxContent) })
+	i := int64(0)
+	for _, e := range runs {
+		err := t.dev.ReadAt(ctx, x.buf[i*x.unit:][:e.length], e.offset)
+		for range e.length / x.unit {
+			// What can't be read is not held.
+			if err == nil && compress.Sum(x.buf[i*x.unit:(i+1)*x.unit]) == x.sums[i] {
+				x.found[i] = compress.OnOld
+			}
+			i++
+		}
+	}
 }
 
 // apply writes what is held of an offer.
@@ -63,23 +101,33 @@ func (o *offers) apply(w *writers, body []byte) error {
 	if x.err != nil {
 		return x.err
 	}
-	var runs []extent // what is held together
-	var from []int
-	i := 0
-	pagesOf(x.extents, func(p, _ int64) {
-		o.t.have.index.Put(x.sums[i], o.t.place+compress.Place(p)) // what is not held follows
-		if x.held[i] {
-			if n := len(runs); n > 0 && runs[n-1].end() == p*page && from[n-1]+int(runs[n-1].length/page) == i {
-				runs[n-1].length += page
-			} else {
-				runs, from = append(runs, extent{p * page, page}), append(from, i)
+	var runs []extent // what is written together
+	var from []int64  // where that is in buf
+	i := int64(0)     // of the pages in buf
+	unitsOf(x.extents, x.unit, func(u, _ int64) {
+		where := x.found[i*page/x.unit]
+		for p := u * x.unit / page; p < (u+1)*x.unit/page; p++ {
+			if where != compress.Nowhere {
+				o.t.have.index.Put(x.pages[i], o.t.place+compress.Place(p))
+				o.t.held.Add(page)
 			}
+			switch n := len(runs); {
+			case where == compress.Nowhere:
+			case where == compress.OnOld && o.t.stale.get(p):
+				// It stands there since before the move.
+				o.t.stale.clear(p, p+1)
+				o.t.skipped.Add(page)
+				o.t.applied.Add(page)
+			case n > 0 && runs[n-1].end() == p*page && from[n-1]+runs[n-1].length == i*page:
+				runs[n-1].length += page
+			default:
+				runs, from = append(runs, extent{p * page, page}), append(from, i*page)
+			}
+			i++
 		}
-		i++
 	})
 	for i, e := range runs {
-		o.t.write(w, e, x.buf[from[i]*page:][:e.length])
-		o.t.held.Add(e.length)
+		o.t.write(w, e, x.buf[from[i]:][:e.length])
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/wanmig/wanmig/blocksync/nbd"
@@ -30,8 +31,9 @@ type Outbox struct {
 	order  queue
 	strict bool
 	sealed bool
-	above  int64 // offerAbove
-	err    error // why nothing is accepted any more
+	above  int64       // offerAbove
+	old    atomic.Bool // the destination has an older copy
+	err    error       // why nothing is accepted any more
 
 	barrier uint64 // the last one asked for
 	durable uint64 // the last one the destination has confirmed
@@ -63,6 +65,7 @@ type Stats struct {
 	Held          int64 // content that the destination had already
 	SentZero      int64 // zeros sent
 	Wire          int64 // bytes of all frames sent
+	Reduction     Reduction
 	Applied       int64 // of SentData, Held and SentZero, written at the destination
 	SpoolProblem  error // why the spool file is smaller than it was allowed to be
 }
@@ -114,6 +117,17 @@ func (o *Outbox) Strict(on bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.strict = on
+}
+
+// Covered tells that every part of the disk was written here at least once: what
+// of an older copy at the destination was not mentioned by now will not be. It
+// is cleared while the guest runs.
+func (o *Outbox) Covered() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.sealed {
+		o.pushBarrier(false)
+	}
 }
 
 // Seal ends the input: later writes are refused, also those that wait for room,

@@ -10,6 +10,8 @@ import (
 	"sync"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/wanmig/wanmig/compress"
 )
 
 const (
@@ -24,6 +26,9 @@ const (
 	// offerAbove is how much has to wait for what is sent to be offered: the answer
 	// takes a round trip, for which a guest that is stopped would wait.
 	offerAbove = 4 << 20
+	// maxJobs is how many jobs of a disk may wait for the destination's answers.
+	// Each may be offered twice, in blocks and then in pages.
+	maxJobs = maxOffers / 2
 )
 
 // job is what is sent together: content, then zeros, then a barrier. None of
@@ -34,13 +39,17 @@ type job struct {
 	zeros   []extent
 	barrier span
 
-	offered bool
-	id      uint32 // of its offer
-	held    []byte // the destination's answer
+	offered  bool
+	id       uint32   // of its offer of blocks; that of pages has maxJobs more
+	offers   []uint32 // that were made
+	unit     int64    // of the last of them
+	held     []byte   // the destination's answer to that
+	offering int64    // bytes of offers and applies
+	counts   Reduction
 
-	raw        []byte
+	raw        []byte   // content that the destination does not hold, as far as is known
 	extents    []extent // of raw, in its order
-	missing    []extent // of raw, what the destination does not hold
+	missing    []extent // of raw, while they are found
 	offerFrame []byte
 	dataFrame  []byte
 	zeroFrame  []byte
@@ -69,13 +78,12 @@ func (o *Outbox) Run(ctx context.Context, frames frameWriter, acks frameReader) 
 }
 
 // run is the pipeline: the order of jobs is fixed when they are taken, and kept
-// by the two that send while several workers fingerprint and encode. Up to
-// maxOffers jobs wait for the destination's answer.
+// by those that send while several workers fingerprint and encode.
 func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) error {
 	workers := min(runtime.GOMAXPROCS(0), maxEncoders)
-	const depth = maxOffers
+	const depth = maxJobs
 	free, order, ordered := make(chan *job, depth), make(chan *job, depth), make(chan *job, depth)
-	collect, encode, sent := make(chan *job, depth), make(chan *job, depth), make(chan struct{})
+	collect, refine, encode, sent := make(chan *job, depth), make(chan *job, depth), make(chan *job, depth), make(chan struct{})
 	for i := range depth { // every channel has room for every job
 		free <- &job{id: uint32(i), collected: make(chan struct{}, 1), encoded: make(chan struct{}, 1)}
 	}
@@ -120,6 +128,26 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 		}
 		return nil
 	})
+	g.Go(func() error { // pages are offered where blocks differ
+		for {
+			select {
+			case j := <-refine:
+				j.reduce()
+				if !j.offer(page) {
+					encode <- j
+					continue
+				}
+				waiting.add(j)
+				if err := o.sendFrame(ctx, frames, j.offerFrame); err != nil {
+					return err
+				}
+			case <-sent:
+				return nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+	})
 	g.Go(func() error {
 		defer close(sent)
 		for j := range ordered {
@@ -136,8 +164,12 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 	g.Go(func() error {
 		return o.readAcks(ctx, acks, func(a ack) error {
 			j, err := waiting.answered(a)
-			if err == nil {
+			switch {
+			case err != nil:
+			case j.unit == page:
 				encode <- j
+			default:
+				refine <- j
 			}
 			return err
 		})
@@ -153,9 +185,7 @@ func (o *Outbox) work(ctx context.Context, collect, encode <-chan *job, sent <-c
 			if err := o.collect(j); err != nil {
 				return err
 			}
-			if j.offered {
-				j.offerFrame = appendOffer(j.offerFrame[:0], j.id, j.extents, j.raw)
-			}
+			j.offered = j.offered && (o.old.Load() && j.offer(blockUnit) || j.offer(page))
 			j.collected <- struct{}{}
 		case j := <-encode:
 			j.encode()
@@ -174,26 +204,26 @@ type waiting struct {
 	jobs map[uint32]*job
 }
 
+// add notes the last offer that was made of a job.
 func (w *waiting) add(j *job) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.jobs[j.id] = j
+	w.jobs[j.offers[len(j.offers)-1]] = j
 }
 
 // answered takes the job of an answer out.
 func (w *waiting) answered(a ack) (*job, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	j := w.jobs[uint32(a.id)]
+	id := uint32(a.id)
+	j := w.jobs[id]
 	if j == nil {
-		return nil, fmt.Errorf("%w: an answer to offer %d, which was not made", ErrFrame, a.id)
+		return nil, fmt.Errorf("%w: an answer to offer %d, which was not made", ErrFrame, id)
 	}
-	pages := 0
-	pagesOf(j.extents, func(_, _ int64) { pages++ })
-	if len(a.held) != (pages+7)/8 {
-		return nil, fmt.Errorf("%w: %d bytes of answer to an offer of %d pages", ErrFrame, len(a.held), pages)
+	if units := countUnits(j.extents, j.unit); len(a.held) != (units+3)/4 {
+		return nil, fmt.Errorf("%w: %d bytes of answer to an offer of %d units", ErrFrame, len(a.held), units)
 	}
-	delete(w.jobs, j.id)
+	delete(w.jobs, id)
 	j.held = append(j.held[:0], a.held...)
 	return j, nil
 }
@@ -210,7 +240,8 @@ func receive[T any](ctx context.Context, ch <-chan T) (v T, err error) {
 // take fills j with the oldest of what waits, and waits for that.
 func (o *Outbox) take(ctx context.Context, j *job) error {
 	j.taken, j.zeros, j.content, j.barrier = j.taken[:0], j.zeros[:0], 0, span{}
-	j.offered, j.held = false, j.held[:0]
+	j.offered, j.offers, j.held, j.counts = false, j.offers[:0], j.held[:0], Reduction{}
+	j.offering = 0
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for {
@@ -317,30 +348,53 @@ func (o *Outbox) collect(j *job) error {
 	return nil
 }
 
+// offer makes the frame that offers j in units, if it has whole ones.
+func (j *job) offer(unit int64) bool {
+	if countUnits(j.extents, unit) == 0 {
+		return false
+	}
+	id := j.id
+	if unit == page {
+		id += maxJobs
+	}
+	j.unit, j.offers = unit, append(j.offers, id)
+	j.offerFrame = appendOffer(j.offerFrame[:0], id, unit, j.extents, j.raw)
+	j.offering += int64(len(j.offerFrame)) + applySize
+	return true
+}
+
 // encode makes the frames of what the destination does not hold of j.
 func (j *job) encode() {
 	j.dataFrame, j.zeroFrame = j.dataFrame[:0], j.zeroFrame[:0]
-	content := j.reduce()
-	if len(j.missing) > 0 {
-		j.dataFrame = appendData(j.dataFrame, j.missing, content)
+	j.reduce()
+	if len(j.extents) > 0 {
+		var m compress.Method
+		j.dataFrame, m = appendData(j.dataFrame, j.extents, j.raw)
+		c := &j.counts.Compressed
+		if m == compress.Raw {
+			c = &j.counts.Raw
+		}
+		c.Bytes, c.WireBytes = int64(len(j.raw)), int64(len(j.dataFrame))
 	}
 	if len(j.zeros) > 0 {
 		j.zeroFrame = append(j.zeroFrame, frameZero)
 	}
 	for _, e := range j.zeros {
 		j.zeroFrame = appendZero(j.zeroFrame, e)
+		j.counts.Zero.Bytes += e.length
 	}
+	j.counts.Zero.WireBytes = int64(len(j.zeroFrame))
+	j.counts.share(j.offering)
 }
 
-// reduce leaves what the destination does not hold in missing, and returns its
-// content, which it moves together in raw.
-func (j *job) reduce() []byte {
-	j.missing = j.missing[:0]
+// reduce leaves in raw and extents what the destination does not hold, by its
+// last answer.
+func (j *job) reduce() {
 	if !slices.ContainsFunc(j.held, func(b byte) bool { return b != 0 }) {
-		j.missing = append(j.missing, j.extents...)
-		return j.raw
+		return
 	}
-	n, bit, at := 0, 0, int64(0)
+	j.missing = j.missing[:0]
+	n, i, at := 0, 0, int64(0)
 	keep := func(e extent, from int64) {
 		if e.length > 0 {
 			j.missing = appendExtent(j.missing, e, maxContent)
@@ -349,36 +403,32 @@ func (j *job) reduce() []byte {
 	}
 	for _, e := range j.extents {
 		done := e.offset // what was kept or is held
-		pagesOf([]extent{e}, func(p, _ int64) {
-			if j.held[bit/8]&(1<<(bit%8)) != 0 {
-				keep(extent{done, p*page - done}, at+done-e.offset)
-				done = (p + 1) * page
+		unitsOf([]extent{e}, j.unit, func(u, _ int64) {
+			if origin := heldAt(j.held, i); origin != compress.Nowhere {
+				keep(extent{done, u*j.unit - done}, at+done-e.offset)
+				done = (u + 1) * j.unit
+				j.counts.of(origin).Bytes += j.unit
 			}
-			bit++
+			i++
 		})
 		keep(extent{done, e.end() - done}, at+done-e.offset)
 		at += e.length
 	}
-	return j.raw[:n]
+	j.raw, j.held = j.raw[:n], j.held[:0]
+	j.extents, j.missing = j.missing, j.extents
 }
 
 // send writes j's frames.
 func (o *Outbox) send(ctx context.Context, frames frameWriter, j *job) error {
-	var zeros, content int64
-	for _, e := range j.zeros {
-		zeros += e.length
-	}
-	for _, e := range j.missing {
-		content += e.length
-	}
-	var barrier, apply []byte
+	var barrier []byte
 	if j.barrier.barrier != 0 {
 		barrier = appendBarrier(nil, j.barrier.barrier, j.barrier.final)
 	}
-	if j.offered {
-		apply = appendApply(nil, j.id)
+	var list [][]byte
+	for _, id := range j.offers {
+		list = append(list, appendApply(nil, id))
 	}
-	for _, frame := range [][]byte{apply, j.dataFrame, j.zeroFrame, barrier} {
+	for _, frame := range append(list, j.dataFrame, j.zeroFrame, barrier) {
 		if len(frame) == 0 {
 			continue
 		}
@@ -386,12 +436,14 @@ func (o *Outbox) send(ctx context.Context, frames frameWriter, j *job) error {
 			return err
 		}
 	}
+	content := int64(len(j.raw))
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.stats.InFlight -= j.content
 	o.stats.SentData += content
 	o.stats.Held += j.content - content
-	o.stats.SentZero += zeros
+	o.stats.SentZero += j.counts.Zero.Bytes
+	o.stats.Reduction.Add(j.counts)
 	return nil
 }
 
@@ -425,7 +477,11 @@ func (o *Outbox) readAcks(ctx context.Context, acks frameReader, held func(ack) 
 		if a.kind == ackFailure {
 			return fmt.Errorf("destination: %s", a.text)
 		}
-		if a.kind == ackHeld {
+		switch a.kind {
+		case ackReady:
+			o.old.Store(a.old)
+			continue
+		case ackHeld:
 			if err := held(a); err != nil {
 				return err
 			}

@@ -30,6 +30,8 @@ type Target struct {
 	have    *Content
 	place   compress.Place // of the disk's first page in have
 	known   bitmap         // pages that read as zeros
+	old     bool           // the disk has older content
+	stale   bitmap         // pages of that which nothing was said of but that they are zeros
 	durable chan struct{}
 	beside  sync.WaitGroup
 
@@ -39,25 +41,36 @@ type Target struct {
 // TargetStats counts bytes of one disk at the destination.
 type TargetStats struct {
 	Size    int64
-	Applied int64 // of the source's content and zeros, done: the sum of the other three
+	Applied int64 // of the source's content and zeros, done: the sum of the next three
 	Written int64 // written as content
 	Zeroed  int64 // asked of the device as zeros
-	Skipped int64 // zeros where the disk had zeros already
-	Held    int64 // of Written, what was here already
+	Skipped int64 // what the disk had there already
+	Held    int64 // of Written and Skipped, content that did not cross
 }
 
 // NewTarget makes the receiver for a disk of a move, whose other disks have the
 // same content. When dev tells its block status, zeros are not written where it
-// has zeros, so that a thin disk stays thin.
-func NewTarget(dev nbd.Device, have *Content) *Target {
-	return &Target{
+// has zeros, so that a thin disk stays thin. An old disk has an earlier state of
+// the source's disk: what is the same there does not cross, and what the source
+// does not mention becomes zeros, as it is on a new disk.
+func NewTarget(dev nbd.Device, have *Content, old bool) *Target {
+	t := &Target{
 		dev:     dev,
 		have:    have,
 		place:   have.add(dev),
-		known:   newBitmap((dev.Size() + page - 1) / page),
+		known:   newBitmap(pagesIn(dev.Size())),
+		old:     old,
+		stale:   newBitmap(pagesIn(dev.Size())),
 		durable: make(chan struct{}),
 	}
+	if old {
+		t.stale.set(0, pagesIn(dev.Size()))
+	}
+	return t
 }
+
+// pagesIn returns how many pages a disk has, the last of which may be a part.
+func pagesIn(size int64) int64 { return (size + page - 1) / page }
 
 // Durable is closed when the whole disk is on stable storage.
 func (t *Target) Durable() <-chan struct{} { return t.durable }
@@ -107,6 +120,9 @@ func (t *Target) run(ctx context.Context, frames frameReader, acks frameWriter) 
 	}
 	if err := t.learnZeros(ctx); err != nil {
 		return err
+	}
+	if err := acks.Send(ctx, appendReady(nil, t.old)); err != nil {
+		return fmt.Errorf("answer open: %w", err)
 	}
 
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -176,6 +192,7 @@ func (t *Target) remember(e extent) {
 		to = (e.end() + page - 1) / page
 	}
 	t.known.set(from, to)
+	t.stale.clear(from, to)
 }
 
 // report tells the source now and then how far the disk is.
@@ -260,6 +277,7 @@ func (t *Target) receive(ctx context.Context, frames frameReader, acks frameWrit
 
 // barrier makes everything before it durable and says so.
 func (t *Target) barrier(ctx context.Context, w *writers, acks frameWriter, id uint64, final bool) error {
+	t.wipe(w, 0, pagesIn(t.dev.Size()))
 	if err := w.wait(); err != nil {
 		return err
 	}
@@ -292,6 +310,9 @@ func (t *Target) data(w *writers, d *data, body []byte) error {
 		return fmt.Errorf("%w: %d bytes at %d: %w", ErrFrame, n, list[0].offset, err)
 	}
 	content := d.content
+	unitsOf(list, page, func(p, at int64) {
+		t.have.index.Put(compress.Sum(content[at:at+page]), t.place+compress.Place(p))
+	})
 	for _, e := range list {
 		t.write(w, e, content[:e.length])
 		content = content[e.length:]
@@ -301,6 +322,14 @@ func (t *Target) data(w *writers, d *data, body []byte) error {
 
 // write writes content to an extent, but for zeros where the disk has zeros.
 func (t *Target) write(w *writers, where extent, content []byte) {
+	first, last := where.offset/page, (where.end()-1)/page
+	if where.offset%page != 0 {
+		t.wipe(w, first, first+1)
+	}
+	if where.end()%page != 0 && where.end() != t.dev.Size() {
+		t.wipe(w, last, last+1)
+	}
+	t.stale.clear(first, last+1)
 	buf := w.begin(where)
 	*buf = append((*buf)[:0], content...)
 	pieces := t.pieces(where, *buf)
@@ -314,6 +343,18 @@ func (t *Target) write(w *writers, where extent, content []byte) {
 		}
 		return nil
 	})
+}
+
+// wipe makes zeros of what is stale in a range of pages.
+func (t *Target) wipe(w *writers, from, to int64) {
+	for from = t.stale.nextSet(from, to); from < to; from = t.stale.nextSet(from, to) {
+		end := min(t.stale.nextClear(from, to), from+maxZero/page)
+		e := extent{from * page, min(end*page, t.dev.Size()) - from*page}
+		buf := w.begin(e)
+		t.remember(e)
+		w.run(e, buf, func() error { return t.dev.Zero(w.ctx, e.offset, e.length, nbd.ZeroFlags{}) })
+		from = end
+	}
 }
 
 // pieces returns what of content must be written: all but pages of zeros where
@@ -347,13 +388,13 @@ func (t *Target) zero(w *writers, body []byte) error {
 		body = rest
 		for e.length > 0 {
 			first, last := e.offset/page, (e.end()+page-1)/page
-			if end := min(t.known.nextClear(first, last)*page, e.end()); end > e.offset {
+			if end := min(max(t.known.nextClear(first, last), t.stale.nextClear(first, last))*page, e.end()); end > e.offset {
 				t.skipped.Add(end - e.offset)
 				t.applied.Add(end - e.offset)
 				e = extent{end, e.end() - end}
 				continue
 			}
-			end := min(t.known.nextSet(first, last)*page, e.end(), e.offset+maxZero)
+			end := min(t.known.nextSet(first, last)*page, t.stale.nextSet(first, last)*page, e.end(), e.offset+maxZero)
 			t.fill(w, extent{e.offset, end - e.offset})
 			e = extent{end, e.end() - end}
 		}

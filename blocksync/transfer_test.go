@@ -19,7 +19,7 @@ import (
 
 // step is one thing the mirror or the link does.
 type step struct {
-	kind byte // 'w'rite, 'z'ero, 't'rim, 'f'lush, 'd'rain
+	kind byte // 'w'rite, 'z'ero, 't'rim, 'f'lush, 'c'overed, 'd'rain
 	off  int64
 	n    int64
 	fill byte // content: 0 makes it all zeros
@@ -62,11 +62,11 @@ func TestTargetEqualsModel(t *testing.T) {
 		memory := rapid.Int64Range(0, 6).Draw(rt, "memory") * blockSize
 		spool := rapid.Int64Range(0, 6).Draw(rt, "spool") * blockSize
 		thin := rapid.Bool().Draw(rt, "thin")
-		old := rapid.Bool().Draw(rt, "old content")
+		before := rapid.SampledFrom([]string{"new", "used", "old copy"}).Draw(rt, "before")
 		strict := rapid.Bool().Draw(rt, "strict")
 		offers := rapid.Bool().Draw(rt, "offers")
 		steps := rapid.SliceOfN(rapid.Custom(func(rt *rapid.T) step {
-			s := step{kind: rapid.SampledFrom([]byte("wwwwwzztfddd")).Draw(rt, "kind")}
+			s := step{kind: rapid.SampledFrom([]byte("wwwwwzztfcddd")).Draw(rt, "kind")}
 			unit := rapid.SampledFrom([]int64{sectorSize, page, blockSize}).Draw(rt, "unit")
 			s.off = min(rapid.Int64Range(0, size/unit).Draw(rt, "offset")*unit, size-sectorSize)
 			s.n = min(rapid.Int64Range(1, 40).Draw(rt, "length")*unit, size-s.off)
@@ -75,7 +75,7 @@ func TestTargetEqualsModel(t *testing.T) {
 		}), 1, 60).Draw(rt, "steps")
 		var err error
 		synctest.Test(t, func(t *testing.T) {
-			err = play(t, size, newBudget(t, memory, spool), thin, old, strict, offers, steps)
+			err = play(t, size, newBudget(t, memory, spool), thin, before, strict, offers, steps)
 		})
 		if err != nil {
 			rt.Fatal(err)
@@ -83,10 +83,13 @@ func TestTargetEqualsModel(t *testing.T) {
 	})
 }
 
-func play(t *testing.T, size int64, b *Budget, thin, old, strict, offers bool, steps []step) error {
+func play(t *testing.T, size int64, b *Budget, thin bool, before string, strict, offers bool, steps []step) error {
 	d := newDisk(size)
 	model := make([]byte, size)
-	if old {
+	if before == "old copy" {
+		older(d.content, steps)
+	}
+	if before == "used" {
 		for i := size / 3 / page * page; i < size; i++ {
 			d.content[i] = 0xee
 		}
@@ -97,6 +100,9 @@ func play(t *testing.T, size int64, b *Budget, thin, old, strict, offers bool, s
 		dev = thinDisk{d}
 	}
 	x := newTransfer(t, dev, b)
+	if before == "old copy" {
+		x.target = NewTarget(dev, newContent(t, size), true)
+	}
 	x.outbox.Strict(strict)
 	if offers {
 		x.outbox.above = 0
@@ -129,6 +135,8 @@ func play(t *testing.T, size int64, b *Budget, thin, old, strict, offers bool, s
 				err = x.outbox.Trim(t.Context(), s.off, s.n, false)
 			case 'f':
 				err = x.outbox.Flush(t.Context())
+			case 'c':
+				x.outbox.Covered()
 			case 'd':
 				select {
 				case x.frames.tokens <- struct{}{}:
@@ -166,6 +174,18 @@ func play(t *testing.T, size int64, b *Budget, thin, old, strict, offers bool, s
 		return errors.New("not flushed")
 	}
 	return x.settled()
+}
+
+// older makes of p what some of the steps would, and something else where others do.
+func older(p []byte, steps []step) {
+	for i, s := range steps {
+		switch {
+		case s.kind == 'w' && s.fill%4 > 0:
+			copy(p[s.off:], content(s, i))
+		case s.kind == 'z' || s.kind == 'w':
+			copy(p[s.off:], fill(int(s.n), 0xdd))
+		}
+	}
 }
 
 // readBack checks that what can be read of the outbox is the newest content.

@@ -12,14 +12,14 @@ import (
 )
 
 // version of the protocol in doc.go.
-const version = 2
+const version = 3
 
 const (
 	frameOpen    = 1 // version u8, size u64
 	frameData    = 2 // count u16, {offset u64, size u32}..., method u8, payload
 	frameZero    = 3 // {offset u64, length u64}...
 	frameBarrier = 4 // id u64, final u8
-	frameOffer   = 5 // id u32, count u16, {offset u64, size u32}..., fingerprints
+	frameOffer   = 5 // id u32, unit u8, count u16, {offset u64, size u32}..., fingerprints
 	frameApply   = 6 // id u32
 )
 
@@ -27,18 +27,20 @@ const (
 	ackDurable  = 1 // id u64, applied u64
 	ackProgress = 2 // applied u64
 	ackFailure  = 3 // text
-	ackHeld     = 4 // id u32, bitmap
+	ackHeld     = 4 // id u32, 2 bits a unit
+	ackReady    = 5 // flags u8
 )
 
 const (
 	maxFrame    = 4 << 20
 	maxContent  = 1 << 20 // bytes of the extents of one data or offer frame, decoded
 	maxPages    = maxContent / page
-	maxOffers   = 32 // that the destination has not been told to apply
+	maxOffers   = 64 // that the destination has not been told to apply
 	maxFailure  = 1 << 10
 	dataExtent  = 8 + 4
 	zeroExtent  = 8 + 8
 	barrierSize = 8 + 1
+	applySize   = 1 + 4
 )
 
 // ErrFrame is returned when the peer sent a frame that the protocol does not
@@ -112,12 +114,12 @@ func parseExtents(list []extent, body []byte, disk int64) (_ []extent, n int64, 
 
 // appendData appends a data frame; content is that of the extents, one after the
 // other. They are compressed together.
-func appendData(dst []byte, list []extent, content []byte) []byte {
+func appendData(dst []byte, list []extent, content []byte) ([]byte, compress.Method) {
 	dst = appendExtents(append(dst, frameData), list)
 	method := len(dst)
 	dst, m := compress.Encode(append(dst, 0), content)
 	dst[method] = byte(m)
-	return dst
+	return dst, m
 }
 
 // parseData reads the body of a data frame. n is the size of its content.
@@ -132,50 +134,68 @@ func parseData(list []extent, body []byte, disk int64) (_ []extent, n int64, m c
 	return list, n, compress.Method(body[0]), body[1:], nil
 }
 
-// pagesOf calls f with each whole page of the extents: where it is on the disk,
-// and in the extents' content.
-func pagesOf(list []extent, f func(page, at int64)) {
+// blockUnit is the larger of the two units that are offered: what is the same at
+// the same place is mostly so in long runs.
+const blockUnit = 16 * page
+
+// unitsOf calls f with each whole unit of the extents, counted from the disk's
+// start: which it is, and where it is in the extents' content.
+func unitsOf(list []extent, unit int64, f func(u, at int64)) {
 	at := int64(0)
 	for _, e := range list {
-		for p := (e.offset + page - 1) / page; (p+1)*page <= e.end(); p++ {
-			f(p, at+p*page-e.offset)
+		for u := (e.offset + unit - 1) / unit; (u+1)*unit <= e.end(); u++ {
+			f(u, at+u*unit-e.offset)
 		}
 		at += e.length
 	}
 }
 
+// countUnits returns how many whole units lie in the extents.
+func countUnits(list []extent, unit int64) (n int) {
+	unitsOf(list, unit, func(_, _ int64) { n++ })
+	return n
+}
+
 // appendOffer appends an offer frame of content.
-func appendOffer(dst []byte, id uint32, list []extent, content []byte) []byte {
+func appendOffer(dst []byte, id uint32, unit int64, list []extent, content []byte) []byte {
 	dst = binary.BigEndian.AppendUint32(append(dst, frameOffer), id)
+	if unit == page {
+		dst = append(dst, 0)
+	} else {
+		dst = append(dst, 1)
+	}
 	dst = appendExtents(dst, list)
-	pagesOf(list, func(_, at int64) {
-		sum := compress.Sum(content[at : at+page])
+	unitsOf(list, unit, func(_, at int64) {
+		sum := compress.Sum(content[at : at+unit])
 		dst = append(dst, sum[:]...)
 	})
 	return dst
 }
 
 // parseOffer reads the body of an offer frame.
-func parseOffer(body []byte, disk int64) (id uint32, list []extent, n int64, sums []compress.Fingerprint, err error) {
-	if len(body) < 4 {
-		return 0, nil, 0, nil, fmt.Errorf("%w: offer of %d bytes", ErrFrame, len(body))
+func parseOffer(body []byte, disk int64) (id uint32, x *offer, err error) {
+	if len(body) < 5 || body[4] > 1 {
+		return 0, nil, fmt.Errorf("%w: offer % x", ErrFrame, body[:min(len(body), 5)])
+	}
+	x = &offer{unit: page}
+	if body[4] == 1 {
+		x.unit = blockUnit
 	}
 	id = binary.BigEndian.Uint32(body)
-	list, n, body, err = parseExtents(nil, body[4:], disk)
+	x.extents, _, body, err = parseExtents(nil, body[5:], disk)
 	if err != nil {
-		return 0, nil, 0, nil, err
+		return 0, nil, err
 	}
-	pages := 0
-	pagesOf(list, func(_, _ int64) { pages++ })
+	units := countUnits(x.extents, x.unit)
 	const size = len(compress.Fingerprint{})
-	if len(body) != pages*size {
-		return 0, nil, 0, nil, fmt.Errorf("%w: %d bytes of fingerprints of %d pages", ErrFrame, len(body), pages)
+	if len(body) != units*size {
+		return 0, nil, fmt.Errorf("%w: %d bytes of fingerprints of %d units", ErrFrame, len(body), units)
 	}
-	sums = make([]compress.Fingerprint, pages)
-	for i := range sums {
-		copy(sums[i][:], body[i*size:])
+	x.sums = make([]compress.Fingerprint, units)
+	for i := range x.sums {
+		copy(x.sums[i][:], body[i*size:])
 	}
-	return id, list, n, sums, nil
+	return id, x, nil
 }
 
 func appendApply(dst []byte, id uint32) []byte {
@@ -243,18 +263,29 @@ func appendProgress(dst []byte, applied uint64) []byte {
 	return binary.BigEndian.AppendUint64(append(dst, ackProgress), applied)
 }
 
-// appendHeld appends the answer to an offer: a bit for each of its whole pages,
-// the first the lowest of the first byte.
-func appendHeld(dst []byte, id uint32, held []bool) []byte {
+// appendHeld appends the answer to an offer: two bits for each of its whole
+// units, the first the lowest of the first byte.
+func appendHeld(dst []byte, id uint32, found []compress.Origin) []byte {
 	dst = binary.BigEndian.AppendUint32(append(dst, ackHeld), id)
 	start := len(dst)
-	dst = append(dst, make([]byte, (len(held)+7)/8)...)
-	for i, h := range held {
-		if h {
-			dst[start+i/8] |= 1 << (i % 8)
-		}
+	dst = append(dst, make([]byte, (len(found)+3)/4)...)
+	for i, o := range found {
+		dst[start+i/4] |= byte(o) << (i % 4 * 2)
 	}
 	return dst
+}
+
+// heldAt returns what an answer says of a unit.
+func heldAt(held []byte, i int) compress.Origin {
+	return compress.Origin(held[i/4] >> (i % 4 * 2) & 3)
+}
+
+// appendReady appends the answer to open.
+func appendReady(dst []byte, old bool) []byte {
+	if old {
+		return append(dst, ackReady, 1)
+	}
+	return append(dst, ackReady, 0)
 }
 
 func appendFailure(dst []byte, text string) []byte {
@@ -271,6 +302,7 @@ type ack struct {
 	id      uint64
 	applied uint64
 	held    []byte
+	old     bool
 	text    string
 }
 
@@ -284,8 +316,10 @@ func parseAck(frame []byte) (ack, error) {
 		a.id, a.applied = binary.BigEndian.Uint64(body), binary.BigEndian.Uint64(body[8:])
 	case a.kind == ackProgress && len(body) == 8:
 		a.applied = binary.BigEndian.Uint64(body)
-	case a.kind == ackHeld && len(body) >= 4 && len(body) <= 4+maxPages/8:
+	case a.kind == ackHeld && len(body) >= 4 && len(body) <= 4+maxPages/4:
 		a.id, a.held = uint64(binary.BigEndian.Uint32(body)), body[4:]
+	case a.kind == ackReady && len(body) == 1 && body[0] <= 1:
+		a.old = body[0] == 1
 	case a.kind == ackFailure && len(body) <= maxFailure:
 		a.text = printable(string(body))
 	default:

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/wanmig/wanmig/compress"
 )
 
 const testDisk = 4 << 20
@@ -19,17 +21,24 @@ const testDisk = 4 << 20
 // script is one valid transfer to a disk of testDisk bytes.
 func script() [][]byte {
 	list := []extent{{blockSize, blockSize}, {testDisk - 512, 512}}
-	data := append(fill(blockSize, 5), fill(512, 6)...)
+	content := append(fill(blockSize, 5), fill(512, 6)...)
 	return [][]byte{
 		appendOpen(nil, testDisk),
-		appendData(nil, list, data),
+		dataOf(list, content),
 		appendZero(appendZero([]byte{frameZero}, extent{0, 1 << 20}), extent{2 << 20, 2 << 20}),
+		dataOf([]extent{{0, maxContent}}, fill(maxContent, 7)),
 		appendBarrier(nil, 1, false),
-		appendData(nil, []extent{{0, maxContent}}, fill(maxContent, 7)),
-		appendOffer(nil, 3, []extent{{2 << 20, 2 * page}}, append(fill(page, 7), fill(page, 8)...)),
+		appendOffer(nil, 3, page, []extent{{2 << 20, 2 * page}}, append(fill(page, 7), fill(page, 8)...)),
 		appendApply(nil, 3),
+		appendOffer(nil, 4, blockUnit, []extent{{2 << 20, 2 * blockUnit}}, append(fill(blockUnit, 0), fill(blockUnit, 8)...)),
+		appendApply(nil, 4),
 		appendBarrier(nil, 2, true),
 	}
+}
+
+func dataOf(list []extent, content []byte) []byte {
+	frame, _ := appendData(nil, list, content)
+	return frame
 }
 
 // playback gives frames, then the channel's end.
@@ -58,9 +67,13 @@ func (r *record) Send(ctx context.Context, frame []byte) error {
 }
 
 func apply(tb testing.TB, d *disk, frames [][]byte) ([][]byte, error) {
+	return applyTo(tb, d, false, frames)
+}
+
+func applyTo(tb testing.TB, d *disk, old bool, frames [][]byte) ([][]byte, error) {
 	var acks record
 	p := playback(frames)
-	err := NewTarget(d, newContent(tb, d.Size())).Run(context.Background(), &p, &acks)
+	err := NewTarget(d, newContent(tb, d.Size()), old).Run(context.Background(), &p, &acks)
 	return acks.frames, err
 }
 
@@ -72,13 +85,21 @@ func TestScript(t *testing.T) {
 	}
 	want := make([]byte, testDisk)
 	copy(want, fill(maxContent, 7))
+	copy(want[2<<20:], fill(page, 7))
 	if !bytes.Equal(d.content, want) {
 		t.Error("content differs")
 	}
-	const applied1 = blockSize + 512 + 3<<20
-	if len(acks) != 3 || !bytes.Equal(acks[0], appendDurable(nil, 1, applied1)) || !bytes.Equal(acks[1], appendHeld(nil, 3, []bool{false, false})) ||
-		!bytes.Equal(acks[2], appendDurable(nil, 2, applied1+maxContent)) {
-		t.Errorf("acks % x", acks)
+	const applied = blockSize + 512 + 3<<20 + maxContent
+	for i, ack := range [][]byte{
+		appendReady(nil, false),
+		appendDurable(nil, 1, applied),
+		appendHeld(nil, 3, []compress.Origin{compress.OnDisk, compress.Nowhere}),
+		appendHeld(nil, 4, []compress.Origin{compress.Nowhere, compress.Nowhere}),
+		appendDurable(nil, 2, applied+page),
+	} {
+		if i >= len(acks) || !bytes.Equal(acks[i], ack) {
+			t.Errorf("ack %d is % x, want % x", i, acks[i], ack)
+		}
 	}
 	if d.flushes != 2 {
 		t.Errorf("%d flushes", d.flushes)
@@ -91,11 +112,13 @@ func TestWireFormat(t *testing.T) {
 		name, want string
 		frame      []byte
 	}{
-		{"open", "01 02 0000000000400000", appendOpen(nil, testDisk)},
-		{"data", "02 0001 0000000000010000 00000003 00 616263", appendData(nil, []extent{{blockSize, 3}}, []byte("abc"))},
-		{"offer", "05 00000009 0001 0000000000001000 00001001 ad7facb2586fc6e966c004d7d1d16b02", appendOffer(nil, 9, []extent{{page, page + 1}}, make([]byte, page+1))},
+		{"open", "01 03 0000000000400000", appendOpen(nil, testDisk)},
+		{"data", "02 0001 0000000000010000 00000003 00 616263", dataOf([]extent{{blockSize, 3}}, []byte("abc"))},
+		{"offer", "05 00000009 00 0001 0000000000001000 00001001 ad7facb2586fc6e966c004d7d1d16b02", appendOffer(nil, 9, page, []extent{{page, page + 1}}, make([]byte, page+1))},
 		{"apply", "06 00000009", appendApply(nil, 9)},
-		{"held", "04 00000009 0201", appendHeld(nil, 9, []bool{false, true, false, false, false, false, false, false, true})},
+		{"offer of blocks", "05 00000009 01 0001 000000000000f000 00010fff", appendOffer(nil, 9, blockUnit, []extent{{15 * page, 17*page - 1}}, make([]byte, 17*page-1))},
+		{"held", "04 00000009 3401", appendHeld(nil, 9, []compress.Origin{compress.Nowhere, compress.OnDisk, compress.OnOld, compress.Nowhere, compress.OnDisk})},
+		{"ready", "05 01", appendReady(nil, true)},
 		{"zero", "03 0000000000000200 0000000000000400", appendZero([]byte{frameZero}, extent{512, 1024})},
 		{"barrier", "04 0000000000000007 00", appendBarrier(nil, 7, false)},
 		{"final barrier", "04 0000000000000008 01", appendBarrier(nil, 8, true)},
@@ -155,7 +178,7 @@ func TestHostileFrames(t *testing.T) {
 		return append(append(f, method), payload...)
 	}
 	offerAt := func(off uint64, size uint32, sums int) []byte {
-		f := binary.BigEndian.AppendUint64([]byte{frameOffer, 0, 0, 0, 1, 0, 1}, off)
+		f := binary.BigEndian.AppendUint64([]byte{frameOffer, 0, 0, 0, 1, 0, 0, 1}, off)
 		f = binary.BigEndian.AppendUint32(f, size)
 		return append(f, make([]byte, 16*sums)...)
 	}
@@ -180,7 +203,8 @@ func TestHostileFrames(t *testing.T) {
 		"offer too large":     offerAt(0, maxContent+page, 257),
 		"sums missing":        offerAt(0, 2*page, 1),
 		"sums too many":       offerAt(0, 2*page, 3),
-		"offer of nothing":    {frameOffer, 0, 0, 0, 1, 0, 0},
+		"offer of nothing":    {frameOffer, 0, 0, 0, 1, 0, 0, 0},
+		"offer of a unit":     {frameOffer, 0, 0, 0, 1, 2, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0},
 		"not offered":         appendApply(nil, 1),
 		"unknown method":      extentAt(0, 3, 77, "abc"),
 		"not zstd":            extentAt(0, 16, 1, "0123456789abcdef"),
@@ -220,8 +244,10 @@ func TestHostileAcks(t *testing.T) {
 		"text too long":     {append([]byte{ackFailure}, make([]byte, maxFailure+1)...)},
 		"barrier not asked": {appendDurable(nil, 2, 0)},
 		"barrier 0":         {appendDurable(nil, 0, 0)},
-		"not offered":       {appendHeld(nil, 0, []bool{true})},
-		"long answer":       {append(appendHeld(nil, 0, nil), make([]byte, maxPages/8+1)...)},
+		"ready":             {{ackReady, 2}},
+		"ready, long":       {{ackReady, 0, 0}},
+		"not offered":       {appendHeld(nil, 0, []compress.Origin{compress.OnDisk})},
+		"long answer":       {append(appendHeld(nil, 0, nil), make([]byte, maxPages/4+1)...)},
 	} {
 		o := newOutbox(t, testDisk, newBudget(t, 1<<20, 0))
 		o.Strict(true)
@@ -267,8 +293,8 @@ func FuzzTarget(f *testing.F) {
 	}
 	f.Add(pack(script()[1:]))
 	f.Add(pack(script()[3:]))
-	same := appendOffer(nil, 1, []extent{{page, 2 * page}}, fill(2*page, 3))
-	f.Add(pack([][]byte{same, appendApply(nil, 1), appendData(nil, []extent{{page, 2 * page}}, fill(2*page, 3)), same, appendApply(nil, 1), appendBarrier(nil, 1, true)}))
+	same := appendOffer(nil, 1, page, []extent{{page, 2 * page}}, fill(2*page, 3))
+	f.Add(pack([][]byte{same, appendApply(nil, 1), dataOf([]extent{{page, 2 * page}}, fill(2*page, 3)), same, appendApply(nil, 1), appendBarrier(nil, 1, true)}))
 	f.Add(pack([][]byte{appendZero([]byte{frameZero}, extent{0, testDisk}), appendBarrier(nil, 1, true)}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		frames := [][]byte{appendOpen(nil, testDisk)}
@@ -290,7 +316,7 @@ func FuzzTarget(f *testing.F) {
 }
 
 func FuzzAck(f *testing.F) {
-	for _, b := range [][]byte{appendDurable(nil, 1, 2), appendProgress(nil, 3), appendFailure(nil, "no space"), appendHeld(nil, 5, []bool{true, false}), {}} {
+	for _, b := range [][]byte{appendDurable(nil, 1, 2), appendProgress(nil, 3), appendFailure(nil, "no space"), appendHeld(nil, 5, []compress.Origin{compress.OnSeed, compress.Nowhere}), appendReady(nil, true), {}} {
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -306,6 +332,8 @@ func FuzzAck(f *testing.F) {
 			again = appendProgress(nil, a.applied)
 		case ackHeld:
 			again = append(binary.BigEndian.AppendUint32([]byte{ackHeld}, uint32(a.id)), a.held...)
+		case ackReady:
+			again = appendReady(nil, a.old)
 		case ackFailure:
 			if again = appendFailure(nil, a.text); a.text != string(b[1:]) {
 				return // not printable

@@ -1,6 +1,9 @@
 package compress
 
-import "crypto/sha256"
+import (
+	"crypto/sha256"
+	"fmt"
+)
 
 // PageSize is the unit in which content is found again: a page of memory, and
 // what file systems align their files to.
@@ -19,4 +22,28 @@ func Sum(page []byte) (f Fingerprint) {
 	sum := sha256.Sum256(page)
 	copy(f[:], sum[:])
 	return f
+}
+
+// Origin tells where the destination of a move has the content of a fingerprint.
+type Origin uint8
+
+const (
+	Nowhere Origin = iota // it has to be sent
+	OnDisk                // on a disk of the move, as far as that has come
+	OnSeed                // in an image that the destination's operator has listed
+	OnOld                 // in an older copy of the disk, at the same place
+)
+
+func (o Origin) String() string {
+	switch o {
+	case Nowhere:
+		return "nowhere"
+	case OnDisk:
+		return "disk"
+	case OnSeed:
+		return "seed"
+	case OnOld:
+		return "old copy"
+	}
+	return fmt.Sprintf("origin %d", uint8(o))
 }

@@ -396,7 +396,7 @@ func (in *incoming) receiveDisk(ctx context.Context, d wireDisk, ch *tunnel.Chan
 		return err
 	}
 	defer closeDev()
-	if err := blocksync.NewTarget(dev, in.have).Run(ctx, ch, ch); err != nil {
+	if err := blocksync.NewTarget(dev, in.have, false).Run(ctx, ch, ch); err != nil {
 		return err
 	}
 	if in.disks.Add(-1) == 0 {

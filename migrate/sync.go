@@ -170,6 +170,9 @@ func (sy *syncer) stream(l net.Listener, ch *tunnel.Channel) error {
 	}
 	l.Close()
 	sy.notePeak()
+	for _, d := range sy.disks {
+		d.outbox.Covered() // libvirt begins with memory when every mirror has caught up
+	}
 	memory := memsync.NewSource(memsync.SourceConfig{QEMU: conn, Frames: ch, Return: ch, Store: sy.pageStore, Pace: sy.pace, OnTail: sy.seal})
 	sy.memory.Store(memory)
 	err = memory.Run(sy.ctx)
