@@ -56,7 +56,9 @@ type OutboxConfig struct {
 // ReductionConfig bounds what is kept so that it need not be sent again. The
 // smaller bound of the two sides holds.
 type ReductionConfig struct {
-	Memory Size `yaml:"memory"` // of a guest's memory, per move; 0 is off
+	Memory    Size          `yaml:"memory"`     // of a guest's memory, per move; 0 is off
+	Keep      time.Duration `yaml:"keep"`       // what has arrived of a move that did not end; 0 removes it at once
+	KeepSpace Size          `yaml:"keep_space"` // of storage, for all of that
 }
 
 // Size is a number of bytes, written as in 256MiB.
@@ -79,7 +81,7 @@ var siteName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
 func LoadConfig(path string) (Config, error) {
 	c := Config{Listen: DefaultListen, API: DefaultAPI, State: DefaultState, Libvirt: hypervisor.DefaultSocket,
 		Outbox:    OutboxConfig{Memory: 256 << 20, Spool: 16 << 30},
-		Reduction: ReductionConfig{Memory: 256 << 20},
+		Reduction: ReductionConfig{Memory: 256 << 20, Keep: 24 * time.Hour, KeepSpace: 64 << 30},
 		Redirect:  RedirectConfig{Kind: netredirect.Auto, Egress: netredirect.EgressTunnel, Max: 24 * time.Hour, Quiet: time.Minute},
 		Addresses: AddressConfig{Mode: netredirect.Keep},
 		Hooks:     HooksConfig{Timeout: 10 * time.Second}}
@@ -110,7 +112,7 @@ func explainYAML(err error) string {
 	s = strings.TrimPrefix(s, "unmarshal errors: ")
 	for kind, keys := range map[string]string{
 		"OutboxConfig":    "in outbox: there are memory, spool, dir",
-		"ReductionConfig": "in reduction: there is memory",
+		"ReductionConfig": "in reduction: there are memory, keep, keep_space",
 		"RedirectConfig":  "in redirect: there are kind, egress, max, quiet",
 		"AddressConfig":   "in addresses: there are mode, pool",
 		"DNSConfig":       "in dns: there are servers, key_file, zones, ttl",
@@ -138,6 +140,9 @@ func (c Config) check() error {
 	}
 	if c.Outbox.Memory < 1<<20 {
 		return errors.New("outbox.memory: at least 1MiB is needed")
+	}
+	if c.Reduction.Keep < 0 {
+		return fmt.Errorf("reduction.keep: %v is no time to keep something", c.Reduction.Keep)
 	}
 	return c.checkRedirect()
 }

@@ -17,7 +17,7 @@ type Reduction struct {
 // Count is how much of the guest's content crossed in so many bytes.
 type Count struct {
 	Bytes     int64 `json:"bytes"`
-	WireBytes int64 `json:"wire_bytes"`
+	WireBytes int64 `json:"wire"`
 }
 
 func (r *Reduction) of(o compress.Origin) *Count {

@@ -29,8 +29,13 @@ type Entry struct {
 	NVRAM      bool     `json:"nvram,omitempty"`  // it has UEFI variables of its own
 	Remove     []string `json:"remove,omitempty"` // disks to remove after release
 
-	// Destination: what the move made there, removed when it is aborted.
-	Created []string `json:"created,omitempty"`
+	Keep []Copy `json:"keep,omitempty"` // disks that stay, as an operator asked
+
+	// Destination: what the move made there, removed when it is aborted, and the
+	// images that are kept for a next attempt instead. Those that stood there
+	// before are in the second only.
+	Created  []string `json:"created,omitempty"`
+	Arriving []Copy   `json:"arriving,omitempty"`
 
 	// Outcome is the move's status as last shown, opaque here.
 	Outcome json.RawMessage `json:"outcome,omitempty"`
@@ -42,7 +47,7 @@ var ErrNoEntry = errors.New("no such move in the journal")
 // Journal is the durable memory of an agent's moves.
 type Journal struct{ db *bbolt.DB }
 
-var bucket = []byte("moves")
+var bucket, copies = []byte("moves"), []byte("copies")
 
 // OpenJournal opens or makes the journal at path. It is locked: a second agent
 // with the same state folder is refused.
@@ -58,8 +63,12 @@ func OpenJournal(path string) (*Journal, error) {
 		return nil, fmt.Errorf("open journal %s: %w", path, err)
 	}
 	err = db.Update(func(tx *bbolt.Tx) error {
-		_, err := tx.CreateBucketIfNotExists(bucket)
-		return err
+		for _, name := range [][]byte{bucket, copies} {
+			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	if err != nil {
 		db.Close()

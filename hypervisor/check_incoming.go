@@ -28,6 +28,7 @@ type IncomingSpec struct {
 type IncomingDisk struct {
 	Target    string
 	Allocated int64 // bytes that the source's disk occupies
+	Older     bool  // what stands there is an older copy, which the move may change
 	DiskSpec
 }
 
@@ -260,9 +261,23 @@ func (h *Host) checkPath(ctx context.Context, f *findings, s IncomingDisk) error
 	} else if !info.IsDir() {
 		f.fatal(check, folder+" is no folder", "choose another")
 	} else if _, err := os.Lstat(s.Path); err == nil {
-		f.fatal(check, s.Path+" exists already", "remove it if it is left from an earlier attempt, or choose another folder")
+		return h.checkOlder(ctx, f, s)
 	}
 	return nil
+}
+
+// checkOlder looks whether a move may write to a file that is there.
+func (h *Host) checkOlder(ctx context.Context, f *findings, s IncomingDisk) error {
+	check := "disk " + s.Target
+	if !s.Older {
+		f.fatal(check, s.Path+" exists already", "remove it if it is left from an earlier attempt, or choose another folder")
+		return nil
+	}
+	user, err := h.userOf(ctx, s.Path)
+	if err == nil && user != "" {
+		f.fatal(check, fmt.Sprintf("%s is an older copy, and domain %q uses it", s.Path, user), "remove that domain, or choose another folder")
+	}
+	return err
 }
 
 // checkSpace adds up what goes to each file system.
@@ -289,7 +304,7 @@ func (f *findings) checkSpace(specs []IncomingDisk) error {
 			byDevice[st.Dev] = d
 			order = append(order, st.Dev)
 		}
-		d.bytes = min(d.bytes+s.Allocated, 1<<61)
+		d.bytes = min(d.bytes+max(0, s.Allocated-s.standing()), 1<<61)
 	}
 	for _, dev := range order {
 		d := byDevice[dev]
@@ -303,6 +318,15 @@ func (f *findings) checkSpace(specs []IncomingDisk) error {
 		}
 	}
 	return nil
+}
+
+// standing is what an older copy of the disk occupies already.
+func (s IncomingDisk) standing() int64 {
+	var st unix.Stat_t
+	if !s.Older || unix.Stat(s.Path, &st) != nil {
+		return 0
+	}
+	return st.Blocks * 512
 }
 
 // checkMemory compares the guest's memory with what the kernel can give away.

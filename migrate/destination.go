@@ -188,7 +188,9 @@ func (e *Engine) checkIncoming(ctx context.Context, ask check) []Finding {
 	defer cancel()
 	spec := hypervisor.IncomingSpec{SourceHost: ask.Host, CPU: ask.CPU, XML: ask.XML}
 	for _, d := range ask.Disks {
-		spec.Disks = append(spec.Disks, hypervisor.IncomingDisk{Target: d.Target, Allocated: d.Allocated, DiskSpec: d.spec()})
+		c, older := e.olderCopy(ask.UUID, d)
+		older = older && (fits(c, d) || ask.Fresh || !c.Kept())
+		spec.Disks = append(spec.Disks, hypervisor.IncomingDisk{Target: d.Target, Allocated: d.Allocated, Older: older, DiskSpec: d.spec()})
 	}
 	found, err := e.Host.CheckIncoming(ctx, spec)
 	findings := convert(found, err, "checks at the destination", "start libvirtd there: wanmig site check shows more")

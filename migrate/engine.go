@@ -30,6 +30,11 @@ type Config struct {
 	// PageStore is how many bytes of the memory of one guest that moves are kept
 	// so that they need not be sent again, if the other side keeps as many.
 	PageStore int64
+	// Keep is how long what arrived of a move that did not end is kept, so that
+	// the next attempt starts from it, and KeepSpace how many bytes of storage for
+	// all of them.
+	Keep      time.Duration
+	KeepSpace int64
 	// Dial opens a session to a site by its name; Known names the site of a peer.
 	Dial  func(ctx context.Context, site string) (*tunnel.Session, error)
 	Known func(tunnel.ID) string
@@ -53,6 +58,8 @@ type Engine struct {
 	lines    map[string]*line     // by site
 	work     sync.WaitGroup       // grows by begin, or from inside
 	stopping bool                 // Wait was called
+
+	copies sync.Mutex // held while copies of disks are taken, kept or removed
 }
 
 // New makes an engine and reads the ended moves of the journal. ctx is the

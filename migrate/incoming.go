@@ -37,10 +37,12 @@ type incoming struct {
 	events           chan inEvent
 
 	work    sync.WaitGroup
-	have    *blocksync.Content // of what the destination holds
-	disks   atomic.Int32       // that are not durable yet
-	durable chan struct{}      // closed when every disk is
-	ran     atomic.Bool        // libvirt said that the guest was resumed here
+	have    *blocksync.Content      // of what the destination holds
+	older   map[string]handoff.Copy // by target: images that stood here, and are brought up to date
+	kept    kept
+	disks   atomic.Int32  // that are not durable yet
+	durable chan struct{} // closed when every disk is
+	ran     atomic.Bool   // libvirt said that the guest was resumed here
 
 	offeredAt, durableAt, loadedAt time.Time
 	cookie                         []byte
@@ -150,7 +152,7 @@ func (in *incoming) step(ctx context.Context, ev handoff.Event, cause error) {
 		case handoff.Discard:
 			in.discard()
 		case handoff.ReplyAborted:
-			in.reply(kindAborted, reason{fmt.Sprint(cause)})
+			in.reply(kindAborted, aborted{fmt.Sprint(cause), in.kept})
 		case handoff.ReplyUndecided:
 			in.answered = kindUndecided
 		case handoff.ReplyRunning:
@@ -221,26 +223,49 @@ func (in *incoming) prepare(ctx context.Context) error {
 	}
 	in.virt, err = in.Host.PrepareIn(ctx, hypervisor.InOptions{Name: in.ask.Name, XML: in.ask.XML, PersistXML: in.ask.PersistXML,
 		Cookie: in.ask.Cookie, RAMSocket: in.ramPath, NBDSocket: in.nbdPath, Disks: mirrored, Persist: in.ask.Persist, Paused: in.ask.Paused})
+	if err != nil && len(in.older) > 0 {
+		return fmt.Errorf("%w (with an older copy of a disk: --fresh makes it anew)", err)
+	}
 	if err != nil {
 		return err
 	}
 	return in.ctl.send(ctx, kindPrepared, prepared{Cookie: in.virt.Cookie, PageStore: in.PageStore})
 }
 
-// createDisks makes the disks. What will be made stands in the journal before it
-// is made, and never what stood there before: that is not ours to remove.
+// createDisks makes the disks, or takes older copies of them. What will be made
+// stands in the journal before it is made, and never what stood there before:
+// that is not ours to remove.
 func (in *incoming) createDisks(ctx context.Context) error {
 	var paths []string
 	var size int64
+	var replaced []handoff.Copy
+	in.older = map[string]handoff.Copy{}
+	in.entry.Arriving = nil
 	for _, d := range in.ask.Disks {
 		size += min(d.Allocated, d.Size)
 		if d.Block {
 			continue
 		}
-		if _, err := os.Lstat(d.Path); !errors.Is(err, os.ErrNotExist) {
+		c, known := in.olderCopy(in.ask.UUID, d)
+		_, err := os.Lstat(d.Path)
+		switch {
+		case known && fits(c, d) && !in.ask.Fresh:
+			in.older[d.Target] = c
+		case known && (in.ask.Fresh || !c.Kept()):
+			replaced = append(replaced, c)
+			known = false
+		case !errors.Is(err, os.ErrNotExist):
 			return fmt.Errorf("disk %s: %s exists at the destination: remove it, or choose another place with --storage", d.Target, d.Path)
 		}
-		paths = append(paths, d.Path)
+		arriving := in.arriving(in.ask, d)
+		if known && c.Kept() {
+			arriving.Until = c.Until
+		} else {
+			paths = append(paths, d.Path)
+		}
+		if !d.Static {
+			in.entry.Arriving = append(in.entry.Arriving, arriving)
+		}
 	}
 	const most = 4 << 40 // beyond it the index of content forgets
 	have, err := blocksync.NewContent(min(size, most))
@@ -249,13 +274,28 @@ func (in *incoming) createDisks(ctx context.Context) error {
 	}
 	in.have, in.entry.Created = have, paths
 	if err := in.Journal.Put(in.entry); err != nil {
-		in.entry.Created = nil
+		in.entry.Created, in.entry.Arriving = nil, nil
 		return err
 	}
+	for _, c := range replaced {
+		if err := in.takeCopy(c); err != nil {
+			return err
+		}
+		if err := in.Host.RemoveDisk(ctx, c.Path); err != nil {
+			return err
+		}
+	}
 	for _, d := range in.ask.Disks {
+		if c, ok := in.older[d.Target]; ok {
+			if err := in.takeCopy(c); err != nil {
+				return err
+			}
+			continue
+		}
 		err := in.Host.CreateDisk(ctx, d.spec())
 		if errors.Is(err, hypervisor.ErrExists) {
 			in.entry.Created = slices.DeleteFunc(in.entry.Created, func(p string) bool { return p == d.Path })
+			in.entry.Arriving = slices.DeleteFunc(in.entry.Arriving, func(c handoff.Copy) bool { return c.Path == d.Path })
 		}
 		if err != nil {
 			return err
@@ -396,7 +436,10 @@ func (in *incoming) receiveDisk(ctx context.Context, d wireDisk, ch *tunnel.Chan
 		return err
 	}
 	defer closeDev()
-	if err := blocksync.NewTarget(dev, in.have, false).Run(ctx, ch, ch); err != nil {
+	_, older := in.older[d.Target]
+	// A device has something older in any case, which may be the same disk.
+	older = older || d.Block && d.Format == "raw" && !in.ask.Fresh
+	if err := blocksync.NewTarget(dev, in.have, older).Run(ctx, ch, ch); err != nil {
 		return err
 	}
 	if in.disks.Add(-1) == 0 {
@@ -536,7 +579,9 @@ func (in *incoming) discard() {
 		}
 		in.virt.Close()
 	}
-	if err := in.discardLeft(ctx, in.entry); err != nil {
+	bytes, err := in.discardLeft(ctx, in.entry)
+	if err != nil {
 		in.log.Error("incoming guest not cleared", "error", err)
 	}
+	in.kept = kept{Bytes: bytes, Until: time.Now().Add(in.Keep)}
 }

@@ -27,6 +27,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 		return err
 	}
 	e.decideRedirects(entries)
+	e.work.Go(func() { e.keepSwept(ctx) })
 	for _, entry := range entries {
 		if entry.State.Final() {
 			continue
@@ -123,7 +124,8 @@ func (e *Engine) finishMove(ctx context.Context, m *Move, entry handoff.Entry) (
 		}
 		return handoff.AnswerRunning, e.clear(ctx, entry)
 	case handoff.Receiver: // never accepted, so it is the source's
-		return handoff.Broken, e.discardLeft(ctx, entry)
+		_, err := e.discardLeft(ctx, entry)
+		return handoff.Broken, err
 	}
 	return handoff.Resumed, e.findAccepted(ctx, entry)
 }
@@ -271,28 +273,33 @@ func (e *Engine) clear(ctx context.Context, entry handoff.Entry) error {
 			return err
 		}
 	}
-	return e.removeDisks(ctx, entry.Remove)
+	for i := range entry.Keep {
+		entry.Keep[i].Since = time.Now()
+	}
+	return errors.Join(e.keepCopies(entry.Keep), e.removeDisks(ctx, entry.Remove))
 }
 
 // discardLeft removes what an aborted move left at its destination: the domain,
-// unless it runs, and the disks that the move made.
-func (e *Engine) discardLeft(ctx context.Context, entry handoff.Entry) error {
+// unless it runs, and the disks that the move made, but for what is kept for
+// the next attempt: so many bytes.
+func (e *Engine) discardLeft(ctx context.Context, entry handoff.Entry) (kept int64, err error) {
 	state, err := e.Host.State(ctx, entry.UUID)
 	switch {
 	case errors.Is(err, hypervisor.ErrNoDomain):
 	case err != nil:
-		return err
+		return 0, err
 	case state == hypervisor.Running:
-		return fmt.Errorf("guest %q runs here though its move was aborted: nothing is removed", entry.VM)
+		return 0, fmt.Errorf("guest %q runs here though its move was aborted: nothing is removed", entry.VM)
 	default:
 		if err := e.Host.Destroy(ctx, entry.UUID); err != nil {
-			return err
+			return 0, err
 		}
 		if err := e.Host.Undefine(ctx, entry.UUID, true); err != nil && !errors.Is(err, hypervisor.ErrNoDomain) {
 			e.Log.Debug("undefine", "error", err)
 		}
 	}
-	return e.removeDisks(ctx, entry.Created)
+	remove, kept := e.keepArrived(entry)
+	return kept, e.removeDisks(ctx, remove)
 }
 
 // removeDisks removes disks that no domain uses any more.

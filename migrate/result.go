@@ -7,6 +7,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/docker/go-units"
+
+	"github.com/wanmig/wanmig/blocksync"
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/netredirect"
 )
@@ -71,12 +74,14 @@ func (s *source) summarise(err error) {
 			c := s.session.Stats()
 			r.WireBytesSent, r.WireBytesReceived = c.BytesSent, c.BytesReceived
 		}
+		var disks blocksync.Reduction
 		for _, d := range st.Disks {
 			r.DiskBytes += d.Sent
+			disks.Add(d.Reduction)
 		}
 		r.MemoryBytes, r.MemoryRounds = st.Memory.Stream, st.Memory.Round
 		if st.Memory.Reduction != nil {
-			r.Reduction = &Reduction{Memory: *st.Memory.Reduction}
+			r.Reduction = &Reduction{Memory: *st.Memory.Reduction, Disks: disks}
 		}
 		for _, f := range st.Findings {
 			if f.Fatal {
@@ -89,6 +94,10 @@ func (s *source) summarise(err error) {
 		}
 		if r.Result == "checked" {
 			r.Redirect = plan
+		}
+		if s.kept.Bytes > 0 && st.Phase == PhaseRolledBack {
+			r.Notices = append(r.Notices, fmt.Sprintf("%s of the disks have arrived at %s and are kept there until %s: the next attempt starts from them (not with --fresh)",
+				units.BytesSize(float64(s.kept.Bytes)), st.Peer, s.kept.Until.Local().Format("2006-01-02 15:04")))
 		}
 		if st.Phase == PhaseDone {
 			r.Redirected = redirected

@@ -27,6 +27,7 @@ type source struct {
 	answers   chan answer // what the destination says once it is prepared; closed with the session
 	listening bool        // answers is being fed
 	aborted   bool        // the destination has said that it cleaned up
+	kept      kept        // what it keeps all the same
 	plan      plan
 	redirect  redirecting
 	out       *hypervisor.Outgoing
@@ -123,7 +124,7 @@ func (s *source) checkThere(ctx context.Context) ([]Finding, error) {
 	if err != nil {
 		return nil, err
 	}
-	ask := check{Host: info.UUID, Name: s.dom.Name, UUID: s.dom.UUID, CPU: s.dom.CPU, XML: xml, Disks: s.plan.disks, Redirect: &s.redirect.ask}
+	ask := check{Host: info.UUID, Name: s.dom.Name, UUID: s.dom.UUID, CPU: s.dom.CPU, XML: xml, Disks: s.plan.disks, Fresh: s.req.Fresh, Redirect: &s.redirect.ask}
 	if err := s.ctl.send(ctx, kindCheck, ask); err != nil {
 		return nil, err
 	}
@@ -185,7 +186,9 @@ func (s *source) transfer(ctx context.Context) error {
 	st := s.move.Status()
 	s.entry = handoff.Entry{Move: st.Move, VM: s.dom.Name, UUID: s.dom.UUID, Site: s.req.To, Peer: string(s.session.Peer()),
 		Started: st.Started, Persistent: s.dom.Persistent, Paused: s.dom.State == hypervisor.Paused, NVRAM: s.dom.NVRAM != ""}
-	if !s.req.KeepSource {
+	if s.req.KeepSource {
+		s.entry.Keep = leaving(s.dom, s.plan)
+	} else {
 		s.entry.Remove = s.plan.remove
 	}
 	if err := s.record(&s.entry, handoff.Owner, s.move); err != nil {
@@ -230,7 +233,7 @@ func (s *source) prepare(ctx context.Context) (ready prepared, err error) {
 	}
 	err = s.ctl.send(ctx, kindPrepare, prepare{Move: s.entry.Move, Name: s.dom.Name, UUID: s.dom.UUID, XML: s.out.XML,
 		PersistXML: persistXML, Persist: s.dom.Persistent, Autostart: s.dom.Autostart,
-		Paused: s.req.Paused || s.entry.Paused, Cookie: s.out.Cookie, Disks: s.plan.disks})
+		Paused: s.req.Paused || s.entry.Paused, Cookie: s.out.Cookie, Disks: s.plan.disks, Fresh: s.req.Fresh})
 	if err != nil {
 		return ready, err
 	}
@@ -260,8 +263,17 @@ func (s *source) gaveUp(a answer) error {
 	if a.kind != kindAborted && a.kind != kindRefused {
 		return fmt.Errorf("the destination sent message %d out of turn", a.kind)
 	}
-	s.aborted = true
+	s.noteAborted(a)
 	return fmt.Errorf("the destination gave up: %w", peerReason(a.body))
+}
+
+// noteAborted takes the destination's word that it has cleaned up.
+func (s *source) noteAborted(a answer) {
+	var word aborted
+	s.aborted = true
+	if a.kind == kindAborted && decode(a.body, &word) == nil {
+		s.kept = word.Kept
+	}
 }
 
 // listen passes on what the destination says, until the session ends.
@@ -407,7 +419,10 @@ func (s *source) awaitAborted() {
 	for {
 		select {
 		case a, ok := <-s.answers:
-			if !ok || a.kind == kindAborted {
+			if ok && a.kind == kindAborted {
+				s.noteAborted(a)
+			}
+			if !ok || s.aborted {
 				return
 			}
 		case <-late:

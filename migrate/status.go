@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/wanmig/wanmig/blocksync"
 	"github.com/wanmig/wanmig/netredirect"
 )
 
@@ -36,6 +37,7 @@ type Request struct {
 	Paused     bool              `json:"paused,omitempty"` // land paused
 	CopyCDROM  bool              `json:"copy_cdrom,omitempty"`
 	DryRun     bool              `json:"dry_run,omitempty"`
+	Fresh      bool              `json:"fresh,omitempty"` // older copies of the disks at the destination don't count
 
 	// How connections go on; what is not set is the agent's configuration's.
 	Redirect    netredirect.Kind        `json:"redirect,omitempty"`
@@ -78,6 +80,8 @@ type Disk struct {
 	Wire    int64  `json:"wire"`    // sent, after reduction
 	Rate    int64  `json:"rate"`    // done per second
 	Problem string `json:"problem,omitempty"`
+
+	Reduction blocksync.Reduction `json:"reduction"`
 }
 
 // Memory is the progress of the memory pre-copy, in bytes unless said otherwise.
@@ -112,7 +116,8 @@ type Reduced struct {
 
 // Reduction says as what the content of a guest was sent.
 type Reduction struct {
-	Memory MemoryReduction `json:"memory"`
+	Memory MemoryReduction     `json:"memory"`
+	Disks  blocksync.Reduction `json:"disks"`
 }
 
 // Link is what the session to the peer has carried, in bytes of UDP payload.

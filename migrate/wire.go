@@ -82,6 +82,8 @@ type check struct {
 	XML   string     `json:"xml"` // as it would run at the destination
 	Disks []wireDisk `json:"disks"`
 
+	Fresh bool `json:"fresh,omitempty"`
+
 	Redirect *netredirect.Ask `json:"redirect,omitempty"`
 }
 
@@ -115,6 +117,7 @@ type prepare struct {
 	Paused     bool       `json:"paused"`
 	Cookie     []byte     `json:"cookie"`
 	Disks      []wireDisk `json:"disks"`
+	Fresh      bool       `json:"fresh,omitempty"` // older copies of the disks don't count
 }
 
 type prepared struct {
@@ -137,6 +140,18 @@ type running struct {
 
 type reason struct {
 	Reason string `json:"reason"`
+}
+
+// aborted is the reason of a destination that gives a move up.
+type aborted struct {
+	Reason string `json:"reason"`
+	Kept   kept   `json:"kept,omitzero"`
+}
+
+// kept is what a destination keeps of a move that did not end.
+type kept struct {
+	Bytes int64     `json:"bytes"`
+	Until time.Time `json:"until"`
 }
 
 type query struct {
