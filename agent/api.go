@@ -22,6 +22,8 @@ import (
 //	POST   /v1/redirects/{move}/drain → 204; 409 when no tunnel of it stands
 //	POST   /v1/redirects/{move}/cut   Cut → 204; 409 when connections use it or no tunnel of it stands,
 //	                                  502 when it is removed at this end only
+//	GET    /v1/copies                 []migrate.Copy
+//	DELETE /v1/copies/{vm}            → 204; by the VM's name or UUID; 404 when there are none
 
 // Info describes an agent.
 type Info struct {

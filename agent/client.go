@@ -159,6 +159,16 @@ func (c *Client) CutRedirect(ctx context.Context, move string, force bool) error
 	return c.send(ctx, http.MethodPost, Cut{force}, "redirects", move, "cut")
 }
 
+// Copies lists the older copies of disks that the agent's host keeps.
+func (c *Client) Copies(ctx context.Context) ([]migrate.Copy, error) {
+	return get[[]migrate.Copy](ctx, c, "copies")
+}
+
+// RemoveCopies removes those of a VM, by its name or UUID.
+func (c *Client) RemoveCopies(ctx context.Context, vm string) error {
+	return c.send(ctx, http.MethodDelete, nil, "copies", vm)
+}
+
 func get[T any](ctx context.Context, c *Client, path ...string) (T, error) {
 	return document[T](c.call(ctx, http.MethodGet, nil, path...))
 }

@@ -34,6 +34,8 @@ func (a *agent) routes() http.Handler {
 	mux.HandleFunc("GET /v1/redirects/{move}", a.getRedirect)
 	mux.HandleFunc("POST /v1/redirects/{move}/drain", a.drainRedirect)
 	mux.HandleFunc("POST /v1/redirects/{move}/cut", a.cutRedirect)
+	mux.HandleFunc("GET /v1/copies", a.getCopies)
+	mux.HandleFunc("DELETE /v1/copies/{vm}", a.removeCopies)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusNotFound, fmt.Errorf("%s %s is not in this agent's API (version %s): update the older of command and agent", r.Method, r.URL.Path, Version))
 	})
@@ -227,6 +229,27 @@ func (a *agent) cancelMove(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.WriteHeader(http.StatusAccepted)
+}
+
+func (a *agent) getCopies(w http.ResponseWriter, _ *http.Request) {
+	list, err := a.engine.Copies()
+	if err != nil {
+		fail(w, http.StatusInternalServerError, err)
+		return
+	}
+	reply(w, http.StatusOK, list)
+}
+
+func (a *agent) removeCopies(w http.ResponseWriter, r *http.Request) {
+	vm := r.PathValue("vm")
+	switch n, err := a.engine.RemoveCopies(r.Context(), vm); {
+	case err != nil:
+		fail(w, http.StatusInternalServerError, err)
+	case n == 0:
+		fail(w, http.StatusNotFound, fmt.Errorf("no copies of %q are kept here: wanmig copies shows those that are", vm))
+	default:
+		w.WriteHeader(http.StatusNoContent)
+	}
 }
 
 func (a *agent) getRedirects(w http.ResponseWriter, _ *http.Request) {

@@ -70,6 +70,10 @@
 // what counts, not the offer's. At most 64 offers may wait for their apply, after
 // which the id is free: the destination keeps up to 64 MiB for them.
 //
+// What the destination has at a page since the source sent it, the source knows
+// by itself: of a block that the mirror copies again only the pages that have
+// changed cross.
+//
 // ready answers open; its lowest bit tells that the disk has an older copy.
 //
 // barrier asks for durable, with the same id, once everything sent before it is

@@ -42,7 +42,7 @@ func TestOlderCopy(t *testing.T) {
 				copy(d.content[n:], fill(2<<20, 9)) // what the guest has trimmed since
 				x := newTransfer(t, d, newBudget(t, 2*n, 0))
 				x.target = NewTarget(d, newContent(t, d.Size()), true)
-				x.outbox.above = 0
+				x.outbox.bulk = true
 				x.start(t.Context())
 				synctest.Wait() // the source learns of the copy
 				if err := x.outbox.Zero(t.Context(), 0, d.Size(), nbd.ZeroFlags{}); err != nil {
@@ -88,11 +88,11 @@ func TestOlderCopyWrittenMeanwhile(t *testing.T) {
 	other := []extent{{blockUnit + page, page}}
 	acks, err := applyTo(t, d, true, [][]byte{
 		appendOpen(nil, testDisk),
-		appendOffer(nil, 1, blockUnit, e, block),
+		offerOf(1, blockUnit, e, block),
 		appendBarrier(nil, 1, false), // clears the copy
 		dataOf(other, noise(2, page)),
 		appendApply(nil, 1),
-		appendOffer(nil, 2, page, other, noise(2, page)),
+		offerOf(2, page, other, noise(2, page)),
 		dataOf(other, noise(3, page)),
 		appendApply(nil, 2),
 		appendBarrier(nil, 2, true),

@@ -31,7 +31,9 @@ type Outbox struct {
 	order  queue
 	strict bool
 	sealed bool
+	bulk   bool        // what was written before Covered is not all taken yet
 	above  int64       // offerAbove
+	image  *image      // the sender's
 	old    atomic.Bool // the destination has an older copy
 	err    error       // why nothing is accepted any more
 
@@ -63,6 +65,7 @@ type Stats struct {
 	InFlight      int64 // content taken to be encoded and sent
 	SentData      int64 // content sent, before compression
 	Held          int64 // content that the destination had already
+	Recalled      int64 // the part of it that the destination was not asked for
 	SentZero      int64 // zeros sent
 	Wire          int64 // bytes of all frames sent
 	Reduction     Reduction
@@ -86,6 +89,7 @@ func NewOutbox(size int64, b *Budget) (*Outbox, error) {
 		dirty:  newBitmap(n),
 		zeros:  newBitmap(n),
 		sent:   newBitmap(n),
+		bulk:   true,
 		above:  offerAbove,
 	}, nil
 }
@@ -108,6 +112,7 @@ func (o *Outbox) Stats() Stats {
 	defer o.mu.Unlock()
 	s := o.stats
 	s.Size, s.SpoolProblem = o.size, problem
+	s.Applied += s.Recalled
 	return s
 }
 
@@ -126,7 +131,7 @@ func (o *Outbox) Covered() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if !o.sealed {
-		o.pushBarrier(false)
+		o.pushBarrier(span{covered: true})
 	}
 }
 
@@ -139,12 +144,13 @@ func (o *Outbox) Seal() {
 		return
 	}
 	o.sealed = true
-	o.pushBarrier(true)
+	o.pushBarrier(span{final: true})
 }
 
-func (o *Outbox) pushBarrier(final bool) {
+func (o *Outbox) pushBarrier(s span) {
 	o.barrier++
-	o.order.pushSpan(span{barrier: o.barrier, final: final})
+	s.barrier = o.barrier
+	o.order.pushSpan(s)
 	o.change.broadcast()
 }
 
@@ -253,7 +259,7 @@ func (o *Outbox) Flush(ctx context.Context) error {
 		return o.err
 	}
 	if !o.sealed && o.err == nil {
-		o.pushBarrier(false)
+		o.pushBarrier(span{})
 	}
 	for id := o.barrier; o.durable < id; {
 		if o.err != nil {

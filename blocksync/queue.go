@@ -10,6 +10,7 @@ type span struct {
 	from, to int64
 	barrier  uint64 // its id, when not 0
 	final    bool
+	covered  bool // everything before it is the mirror's first pass
 }
 
 // queue holds spans in the order in which they became dirty. Every dirty block

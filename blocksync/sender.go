@@ -23,8 +23,9 @@ const (
 	maxZeros = 4096
 	// maxEncoders is how many jobs of a disk are fingerprinted or encoded at once.
 	maxEncoders = 8
-	// offerAbove is how much has to wait for what is sent to be offered: the answer
-	// takes a round trip, for which a guest that is stopped would wait.
+	// offerAbove is how much has to wait, once the whole disk is covered, for what
+	// is sent to be offered: the answer takes a round trip, for which a guest that
+	// is stopped would wait.
 	offerAbove = 4 << 20
 	// maxJobs is how many jobs of a disk may wait for the destination's answers.
 	// Each may be offered twice, in blocks and then in pages.
@@ -46,10 +47,14 @@ type job struct {
 	held     []byte   // the destination's answer to that
 	offering int64    // bytes of offers and applies
 	counts   Reduction
+	recalled int64 // bytes that the destination need not be asked for
 
-	raw        []byte   // content that the destination does not hold, as far as is known
-	extents    []extent // of raw, in its order
-	missing    []extent // of raw, while they are found
+	raw     []byte                 // content that the destination does not hold, as far as is known
+	extents []extent               // of raw, in its order
+	sums    []compress.Fingerprint // of the whole pages in extents
+	dropped []bool                 // those that turn out to be held
+	missing []extent               // extents without them
+
 	offerFrame []byte
 	dataFrame  []byte
 	zeroFrame  []byte
@@ -67,9 +72,14 @@ type taken struct {
 // destination, and answers for a failure there. It is called once; when it
 // returns an error the outbox refuses everything.
 func (o *Outbox) Run(ctx context.Context, frames frameWriter, acks frameReader) error {
-	err := o.sendFrame(ctx, frames, appendOpen(nil, o.size))
+	image, err := newImage(o.size)
 	if err == nil {
-		err = o.run(ctx, frames, acks)
+		o.image = image
+		err = o.sendFrame(ctx, frames, appendOpen(nil, o.size))
+		if err == nil {
+			err = o.run(ctx, frames, acks)
+		}
+		err = errors.Join(err, image.close())
 	}
 	if err != nil {
 		o.fail(err)
@@ -116,8 +126,14 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 			if _, err := receive(ctx, j.collected); err != nil {
 				return err
 			}
+			o.recall(j)
+			unit := int64(page)
+			if o.old.Load() && countUnits(j.extents, blockUnit) > 0 {
+				unit = blockUnit
+			}
+			offered := j.offered && j.offer(unit) // before another has j
 			ordered <- j
-			if !j.offered {
+			if !offered {
 				encode <- j
 				continue
 			}
@@ -132,7 +148,7 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 		for {
 			select {
 			case j := <-refine:
-				j.reduce()
+				j.drop()
 				if !j.offer(page) {
 					encode <- j
 					continue
@@ -185,7 +201,6 @@ func (o *Outbox) work(ctx context.Context, collect, encode <-chan *job, sent <-c
 			if err := o.collect(j); err != nil {
 				return err
 			}
-			j.offered = j.offered && (o.old.Load() && j.offer(blockUnit) || j.offer(page))
 			j.collected <- struct{}{}
 		case j := <-encode:
 			j.encode()
@@ -241,15 +256,15 @@ func receive[T any](ctx context.Context, ch <-chan T) (v T, err error) {
 func (o *Outbox) take(ctx context.Context, j *job) error {
 	j.taken, j.zeros, j.content, j.barrier = j.taken[:0], j.zeros[:0], 0, span{}
 	j.offered, j.offers, j.held, j.counts = false, j.offers[:0], j.held[:0], Reduction{}
-	j.offering = 0
+	j.offering, j.recalled = 0, 0
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for {
-		waits := o.stats.PendingMemory + o.stats.PendingSpool
+		waits, bulk := o.stats.PendingMemory+o.stats.PendingSpool, o.bulk
 		for o.takeNext(j) {
 		}
 		for _, t := range j.taken { // what is sent again is hardly anywhere
-			if o.sent.set(t.idx, t.idx+1) > 0 && waits >= o.above && !o.sealed {
+			if o.sent.set(t.idx, t.idx+1) > 0 && (bulk || waits >= o.above) && !o.sealed {
 				j.offered = true
 			}
 		}
@@ -272,6 +287,9 @@ func (o *Outbox) takeNext(j *job) bool {
 	case s.barrier != 0:
 		j.barrier = *s
 		o.order.pop()
+		if s.covered {
+			o.bulk = false
+		}
 		return false
 	case s.from == s.to:
 		o.order.pop()
@@ -345,7 +363,27 @@ func (o *Outbox) collect(j *job) error {
 		}
 	}
 	clear(j.taken)
+	j.sums = j.sums[:0]
+	unitsOf(j.extents, page, func(_, at int64) { j.sums = append(j.sums, compress.Sum(j.raw[at:at+page])) })
 	return nil
+}
+
+// recall drops the pages of j that are the destination's already, by the order
+// of the jobs, and notes the others.
+func (o *Outbox) recall(j *job) {
+	for _, e := range j.extents { // pages at both ends may change in part
+		o.image.forget(extent{e.offset, min(e.length, -e.offset&(page-1))})
+		o.image.forget(extent{e.end() &^ (page - 1), e.end() & (page - 1)})
+	}
+	for _, e := range j.zeros {
+		o.image.forget(e)
+	}
+	j.dropped = j.dropped[:0]
+	unitsOf(j.extents, page, func(p, _ int64) {
+		j.dropped = append(j.dropped, o.image.put(p, j.sums[len(j.dropped)]))
+	})
+	j.reduce(func(int) *Count { return &j.counts.Disk })
+	j.recalled = j.counts.Disk.Bytes
 }
 
 // offer makes the frame that offers j in units, if it has whole ones.
@@ -358,7 +396,12 @@ func (j *job) offer(unit int64) bool {
 		id += maxJobs
 	}
 	j.unit, j.offers = unit, append(j.offers, id)
-	j.offerFrame = appendOffer(j.offerFrame[:0], id, unit, j.extents, j.raw)
+	sums := j.sums
+	if unit != page {
+		sums = nil
+		unitsOf(j.extents, unit, func(_, at int64) { sums = append(sums, compress.Sum(j.raw[at:at+unit])) })
+	}
+	j.offerFrame = appendOffer(j.offerFrame[:0], id, unit, j.extents, sums)
 	j.offering += int64(len(j.offerFrame)) + applySize
 	return true
 }
@@ -366,7 +409,7 @@ func (j *job) offer(unit int64) bool {
 // encode makes the frames of what the destination does not hold of j.
 func (j *job) encode() {
 	j.dataFrame, j.zeroFrame = j.dataFrame[:0], j.zeroFrame[:0]
-	j.reduce()
+	j.drop()
 	if len(j.extents) > 0 {
 		var m compress.Method
 		j.dataFrame, m = appendData(j.dataFrame, j.extents, j.raw)
@@ -387,14 +430,35 @@ func (j *job) encode() {
 	j.counts.share(j.offering)
 }
 
-// reduce leaves in raw and extents what the destination does not hold, by its
-// last answer.
-func (j *job) reduce() {
-	if !slices.ContainsFunc(j.held, func(b byte) bool { return b != 0 }) {
+// drop leaves out what the destination holds, by its last answer.
+func (j *job) drop() {
+	if len(j.held) == 0 {
+		return
+	}
+	held := map[int64]compress.Origin{}
+	i := 0
+	unitsOf(j.extents, j.unit, func(u, _ int64) {
+		held[u] = heldAt(j.held, i)
+		i++
+	})
+	var origins []compress.Origin
+	j.dropped = j.dropped[:0]
+	unitsOf(j.extents, page, func(p, _ int64) {
+		origin := held[p*page/j.unit]
+		origins, j.dropped = append(origins, origin), append(j.dropped, origin != compress.Nowhere)
+	})
+	j.held = j.held[:0]
+	j.reduce(func(i int) *Count { return j.counts.of(origins[i]) })
+}
+
+// reduce leaves the pages that are dropped out of extents, raw and sums, and
+// counts each.
+func (j *job) reduce(count func(i int) *Count) {
+	if !slices.Contains(j.dropped, true) {
 		return
 	}
 	j.missing = j.missing[:0]
-	n, i, at := 0, 0, int64(0)
+	n, i, kept, at := 0, 0, 0, int64(0)
 	keep := func(e extent, from int64) {
 		if e.length > 0 {
 			j.missing = appendExtent(j.missing, e, maxContent)
@@ -402,19 +466,22 @@ func (j *job) reduce() {
 		}
 	}
 	for _, e := range j.extents {
-		done := e.offset // what was kept or is held
-		unitsOf([]extent{e}, j.unit, func(u, _ int64) {
-			if origin := heldAt(j.held, i); origin != compress.Nowhere {
-				keep(extent{done, u*j.unit - done}, at+done-e.offset)
-				done = (u + 1) * j.unit
-				j.counts.of(origin).Bytes += j.unit
+		done := e.offset // what was kept or is dropped
+		unitsOf([]extent{e}, page, func(p, _ int64) {
+			if j.dropped[i] {
+				keep(extent{done, p*page - done}, at+done-e.offset)
+				done = (p + 1) * page
+				count(i).Bytes += page
+			} else {
+				j.sums[kept] = j.sums[i]
+				kept++
 			}
 			i++
 		})
 		keep(extent{done, e.end() - done}, at+done-e.offset)
 		at += e.length
 	}
-	j.raw, j.held = j.raw[:n], j.held[:0]
+	j.raw, j.sums = j.raw[:n], j.sums[:kept]
 	j.extents, j.missing = j.missing, j.extents
 }
 
@@ -442,6 +509,7 @@ func (o *Outbox) send(ctx context.Context, frames frameWriter, j *job) error {
 	o.stats.InFlight -= j.content
 	o.stats.SentData += content
 	o.stats.Held += j.content - content
+	o.stats.Recalled += j.recalled
 	o.stats.SentZero += j.counts.Zero.Bytes
 	o.stats.Reduction.Add(j.counts)
 	return nil
@@ -500,7 +568,7 @@ func (o *Outbox) acknowledge(a ack) (final bool, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if a.applied > uint64(o.stats.Applied) { // acks may overtake the count of what was sent
-		o.stats.Applied = int64(min(a.applied, uint64(o.stats.Accepted)))
+		o.stats.Applied = int64(min(a.applied, uint64(o.stats.Accepted-o.stats.Recalled)))
 	}
 	if a.kind != ackDurable {
 		return false, nil

@@ -104,9 +104,7 @@ func play(t *testing.T, size int64, b *Budget, thin bool, before string, strict,
 		x.target = NewTarget(dev, newContent(t, size), true)
 	}
 	x.outbox.Strict(strict)
-	if offers {
-		x.outbox.above = 0
-	}
+	x.outbox.bulk = offers
 	x.frames.tokens = make(chan struct{})
 	x.start(t.Context())
 	defer x.cancel()

@@ -156,8 +156,8 @@ func countUnits(list []extent, unit int64) (n int) {
 	return n
 }
 
-// appendOffer appends an offer frame of content.
-func appendOffer(dst []byte, id uint32, unit int64, list []extent, content []byte) []byte {
+// appendOffer appends an offer frame of units with their fingerprints.
+func appendOffer(dst []byte, id uint32, unit int64, list []extent, sums []compress.Fingerprint) []byte {
 	dst = binary.BigEndian.AppendUint32(append(dst, frameOffer), id)
 	if unit == page {
 		dst = append(dst, 0)
@@ -165,10 +165,9 @@ func appendOffer(dst []byte, id uint32, unit int64, list []extent, content []byt
 		dst = append(dst, 1)
 	}
 	dst = appendExtents(dst, list)
-	unitsOf(list, unit, func(_, at int64) {
-		sum := compress.Sum(content[at : at+unit])
-		dst = append(dst, sum[:]...)
-	})
+	for i := range sums {
+		dst = append(dst, sums[i][:]...)
+	}
 	return dst
 }
 

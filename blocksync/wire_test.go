@@ -28,12 +28,18 @@ func script() [][]byte {
 		appendZero(appendZero([]byte{frameZero}, extent{0, 1 << 20}), extent{2 << 20, 2 << 20}),
 		dataOf([]extent{{0, maxContent}}, fill(maxContent, 7)),
 		appendBarrier(nil, 1, false),
-		appendOffer(nil, 3, page, []extent{{2 << 20, 2 * page}}, append(fill(page, 7), fill(page, 8)...)),
+		offerOf(3, page, []extent{{2 << 20, 2 * page}}, append(fill(page, 7), fill(page, 8)...)),
 		appendApply(nil, 3),
-		appendOffer(nil, 4, blockUnit, []extent{{2 << 20, 2 * blockUnit}}, append(fill(blockUnit, 0), fill(blockUnit, 8)...)),
+		offerOf(4, blockUnit, []extent{{2 << 20, 2 * blockUnit}}, append(fill(blockUnit, 0), fill(blockUnit, 8)...)),
 		appendApply(nil, 4),
 		appendBarrier(nil, 2, true),
 	}
+}
+
+func offerOf(id uint32, unit int64, list []extent, content []byte) []byte {
+	var sums []compress.Fingerprint
+	unitsOf(list, unit, func(_, at int64) { sums = append(sums, compress.Sum(content[at:at+unit])) })
+	return appendOffer(nil, id, unit, list, sums)
 }
 
 func dataOf(list []extent, content []byte) []byte {
@@ -114,9 +120,9 @@ func TestWireFormat(t *testing.T) {
 	}{
 		{"open", "01 03 0000000000400000", appendOpen(nil, testDisk)},
 		{"data", "02 0001 0000000000010000 00000003 00 616263", dataOf([]extent{{blockSize, 3}}, []byte("abc"))},
-		{"offer", "05 00000009 00 0001 0000000000001000 00001001 ad7facb2586fc6e966c004d7d1d16b02", appendOffer(nil, 9, page, []extent{{page, page + 1}}, make([]byte, page+1))},
+		{"offer", "05 00000009 00 0001 0000000000001000 00001001 ad7facb2586fc6e966c004d7d1d16b02", offerOf(9, page, []extent{{page, page + 1}}, make([]byte, page+1))},
 		{"apply", "06 00000009", appendApply(nil, 9)},
-		{"offer of blocks", "05 00000009 01 0001 000000000000f000 00010fff", appendOffer(nil, 9, blockUnit, []extent{{15 * page, 17*page - 1}}, make([]byte, 17*page-1))},
+		{"offer of blocks", "05 00000009 01 0001 000000000000f000 00010fff", offerOf(9, blockUnit, []extent{{15 * page, 17*page - 1}}, make([]byte, 17*page-1))},
 		{"held", "04 00000009 3401", appendHeld(nil, 9, []compress.Origin{compress.Nowhere, compress.OnDisk, compress.OnOld, compress.Nowhere, compress.OnDisk})},
 		{"ready", "05 01", appendReady(nil, true)},
 		{"zero", "03 0000000000000200 0000000000000400", appendZero([]byte{frameZero}, extent{512, 1024})},
@@ -293,7 +299,7 @@ func FuzzTarget(f *testing.F) {
 	}
 	f.Add(pack(script()[1:]))
 	f.Add(pack(script()[3:]))
-	same := appendOffer(nil, 1, page, []extent{{page, 2 * page}}, fill(2*page, 3))
+	same := offerOf(1, page, []extent{{page, 2 * page}}, fill(2*page, 3))
 	f.Add(pack([][]byte{same, appendApply(nil, 1), dataOf([]extent{{page, 2 * page}}, fill(2*page, 3)), same, appendApply(nil, 1), appendBarrier(nil, 1, true)}))
 	f.Add(pack([][]byte{appendZero([]byte{frameZero}, extent{0, testDisk}), appendBarrier(nil, 1, true)}))
 	f.Fuzz(func(t *testing.T, b []byte) {

@@ -122,8 +122,47 @@ func (e *Engine) takeCopy(c handoff.Copy) error {
 	return e.Journal.DropCopy(c.Path)
 }
 
+// Copy is an image that a later move to this host starts from.
+type Copy struct {
+	handoff.Copy
+	Storage int64 `json:"storage"` // bytes that it takes
+}
+
 // Copies lists the images that later moves to this host start from.
-func (e *Engine) Copies() ([]handoff.Copy, error) { return e.Journal.Copies() }
+func (e *Engine) Copies() ([]Copy, error) {
+	e.sweepCopies()
+	all, err := e.Journal.Copies()
+	list := make([]Copy, 0, len(all))
+	for _, c := range all {
+		allocated, _ := identify(&c)
+		list = append(list, Copy{c, allocated})
+	}
+	return list, err
+}
+
+// RemoveCopies removes the copies of a guest, by its name or UUID, and returns
+// how many there were.
+func (e *Engine) RemoveCopies(ctx context.Context, vm string) (int, error) {
+	e.sweepCopies()
+	e.copies.Lock()
+	defer e.copies.Unlock()
+	all, err := e.Journal.Copies()
+	if err != nil {
+		return 0, err
+	}
+	n := 0
+	for _, c := range all {
+		if c.VM != vm && c.UUID != vm {
+			continue
+		}
+		if err := e.Host.RemoveDisk(ctx, c.Path); err != nil {
+			return n, err
+		}
+		e.forget(c, "an operator has removed it")
+		n++
+	}
+	return n, nil
+}
 
 // sweepCopies forgets copies that have changed, and removes those whose time is
 // over, or that take more room than they may: the oldest first.

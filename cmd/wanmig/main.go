@@ -100,6 +100,7 @@ it over a unix socket.
 		newListCommand(client),
 		newCancelCommand(client),
 		newRedirectCommand(client),
+		newCopiesCommand(client),
 		newVersionCommand(),
 	)
 	return root

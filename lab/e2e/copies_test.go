@@ -1,0 +1,123 @@
+//go:build lab
+
+package e2e
+
+import (
+	"encoding/json"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/wanmig/wanmig/lab"
+	"github.com/wanmig/wanmig/migrate"
+)
+
+// copies are those that a site lists, by their path.
+func (w *world) copies(site string) map[string]migrate.Copy {
+	w.t.Helper()
+	list := map[string]migrate.Copy{}
+	for line := range strings.Lines(w.wanmig(site, "copies", "list", "--json")) {
+		var c migrate.Copy
+		if err := json.Unmarshal([]byte(line), &c); err != nil {
+			w.t.Fatalf("copies at %s: %v: %s", site, err, line)
+		}
+		list[c.Path] = c
+	}
+	return list
+}
+
+// TestOlderCopies moves a guest to where older copies of its disks are: of moves
+// that did not end, and of its stay before. What is there is not sent again, the
+// guest finds everything as it left it, and both images are the same.
+func TestOlderCopies(t *testing.T) {
+	t.Parallel() // beside the redirects, which mostly wait
+	w := newWorld(t, "100mbit", "20ms")
+	v := w.vm(lab.VMOptions{Name: "returner", Memory: 192 << 20, Dirty: 1 << 20, Write: 128 << 10, WorkingSet: 16 << 20,
+		Disks: []lab.DiskOptions{disk(t, "128MiB"), disk(t, "96MiB,format=qcow2")}})
+
+	// An attempt that is cancelled when the disks have crossed.
+	move := w.begin("returner")
+	w.await(lab.LocalDC, move, "memory, with the disks across", func(s migrate.Status) bool {
+		return inMemory(s) && s.Disks[0].Pending+s.Disks[1].Pending < 1<<20
+	})
+	w.wanmig(lab.LocalDC, "cancel", move)
+	s := w.await(lab.LocalDC, move, "its end", final)
+	if !strings.Contains(strings.Join(s.Result.Notices, "\n"), "the next attempt starts from them") {
+		t.Errorf("the operator is not told what is kept: %q", s.Result.Notices)
+	}
+	w.unharmed(v)
+	if kept := w.copies(lab.RemoteDC); len(kept) != 2 {
+		t.Fatalf("the destination keeps %+v of two disks", kept)
+	}
+	for path, c := range w.copies(lab.RemoteDC) {
+		if left := time.Until(c.Until); c.Whole || left < 23*time.Hour || left > 25*time.Hour || c.VM != "returner" {
+			t.Errorf("copy %s is %+v", path, c)
+		}
+	}
+
+	// The next attempt.
+	again := w.reduced(lab.LocalDC, lab.RemoteDC, v, "--paused", "--keep-source")
+	for i, format := range []string{"raw", "qcow2"} {
+		w.same(format, w.path(lab.LocalDC, v.Disks[i]), w.path(lab.RemoteDC, v.Disks[i]))
+	}
+	if again < 0.85 { // the guest has written since
+		t.Errorf("the second attempt found %.3f of the content", again)
+	}
+	if left := w.copies(lab.RemoteDC); len(left) > 0 {
+		t.Errorf("disks in use are listed as copies: %+v", left)
+	}
+	w.resume(lab.RemoteDC, "returner")
+	w.healthy(lab.RemoteDC, v)
+
+	// The way back, to disks that were kept, and with one that is something else by now.
+	if kept := w.copies(lab.LocalDC); len(kept) != 2 || !kept[v.Disks[0]].Whole || !kept[v.Disks[0]].Until.IsZero() {
+		t.Fatalf("--keep-source left %+v", kept)
+	}
+	old := w.path(lab.LocalDC, v.Disks[1])
+	if err := os.Rename(old, old+".aside"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(old, []byte("something of the operator's"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, complaint, status := w.run(lab.RemoteDC, "wanmig", "move", "returner", "--to", lab.LocalDC); status != 2 || !strings.Contains(complaint, "exists already") {
+		t.Errorf("a file that is no copy: status %d, %q", status, complaint)
+	}
+	if err := os.Rename(old+".aside", old); err != nil {
+		t.Fatal(err)
+	}
+	back := w.reduced(lab.RemoteDC, lab.LocalDC, v, "--paused", "--keep-source")
+	for i, format := range []string{"raw", "qcow2"} {
+		w.same(format, w.path(lab.RemoteDC, v.Disks[i]), w.path(lab.LocalDC, v.Disks[i]))
+	}
+	if back < 0.85 {
+		t.Errorf("the move back found %.3f of the content", back)
+	}
+	w.resume(lab.LocalDC, "returner")
+	w.healthy(lab.LocalDC, v)
+
+	// --fresh takes none of it, and has the room of the copies.
+	if fresh := w.reduced(lab.LocalDC, lab.RemoteDC, v, "--fresh"); fresh != 0 {
+		t.Errorf("--fresh found %.3f of the content in older copies", fresh)
+	}
+	w.healthy(lab.RemoteDC, v)
+}
+
+// reduced moves a guest and returns which part of its disks' content was in
+// older copies.
+func (w *world) reduced(from, to string, v *lab.VM, args ...string) float64 {
+	w.t.Helper()
+	r := w.move(from, v.Name, to, args...)
+	d := r.Reduction.Disks
+	content := d.Disk.Bytes + d.Seed.Bytes + d.Old.Bytes + d.Compressed.Bytes + d.Raw.Bytes
+	w.t.Logf("%s to %s in %d ms, disks %+v", from, to, r.TotalMS, d)
+	return float64(d.Old.Bytes) / float64(max(content, 1))
+}
+
+func (w *world) resume(site, vm string) {
+	w.t.Helper()
+	if _, complaint, status := w.run(site, "virsh", "resume", vm); status != 0 {
+		w.t.Fatal(complaint)
+	}
+}
