@@ -12,7 +12,6 @@ import (
 	"testing"
 
 	"github.com/wanmig/wanmig/blocksync/nbd"
-	"github.com/wanmig/wanmig/compress"
 )
 
 // disk is a device in memory. It reports writes that overlap in time and place.
@@ -269,6 +268,6 @@ func (x *transfer) settled() error {
 // The compressor makes its states at first use, which must not be in one of
 // synctest's bubbles.
 func TestMain(m *testing.M) {
-	compress.Encode(nil, make([]byte, 4096))
+	coder.Encode(nil, make([]byte, 4096))
 	m.Run()
 }

@@ -9,6 +9,7 @@ import (
 	"syscall"
 
 	"github.com/wanmig/wanmig/blocksync/nbd"
+	"github.com/wanmig/wanmig/compress"
 )
 
 // Outbox is the disk that QEMU's mirror writes to on the source host. It keeps
@@ -19,8 +20,9 @@ import (
 // The source's disk is authoritative until ownership of the guest moves, so a
 // flush is answered at once; the final barrier at the destination replaces it.
 type Outbox struct {
-	size   int64
-	budget *Budget
+	size    int64
+	budget  *Budget
+	encoder *compress.Encoder
 
 	mu     sync.Mutex
 	change signal           // of anything below that a writer or the sender waits for
@@ -83,14 +85,15 @@ func NewOutbox(size int64, b *Budget) (*Outbox, error) {
 	}
 	n := (size + blockSize - 1) / blockSize
 	return &Outbox{
-		size:   size,
-		budget: b,
-		blocks: make(map[int64]*block),
-		dirty:  newBitmap(n),
-		zeros:  newBitmap(n),
-		sent:   newBitmap(n),
-		bulk:   true,
-		above:  offerAbove,
+		size:    size,
+		budget:  b,
+		encoder: compress.NewEncoder(float64(workers())),
+		blocks:  make(map[int64]*block),
+		dirty:   newBitmap(n),
+		zeros:   newBitmap(n),
+		sent:    newBitmap(n),
+		bulk:    true,
+		above:   offerAbove,
 	}, nil
 }
 
@@ -144,6 +147,7 @@ func (o *Outbox) Seal() {
 		return
 	}
 	o.sealed = true
+	o.encoder.Hurry(true)
 	o.pushBarrier(span{final: true})
 }
 

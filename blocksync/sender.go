@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -87,10 +88,12 @@ func (o *Outbox) Run(ctx context.Context, frames frameWriter, acks frameReader) 
 	return err
 }
 
+// workers is how many goroutines fingerprint and encode the jobs of a disk.
+func workers() int { return min(runtime.GOMAXPROCS(0), maxEncoders) }
+
 // run is the pipeline: the order of jobs is fixed when they are taken, and kept
 // by those that send while several workers fingerprint and encode.
 func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) error {
-	workers := min(runtime.GOMAXPROCS(0), maxEncoders)
 	const depth = maxJobs
 	free, order, ordered := make(chan *job, depth), make(chan *job, depth), make(chan *job, depth)
 	collect, refine, encode, sent := make(chan *job, depth), make(chan *job, depth), make(chan *job, depth), make(chan struct{})
@@ -116,7 +119,7 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 			}
 		}
 	})
-	for range workers {
+	for range workers() {
 		g.Go(func() error { return o.work(ctx, collect, encode, sent) })
 	}
 	waiting := &waiting{jobs: map[uint32]*job{}}
@@ -170,9 +173,11 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 			if _, err := receive(ctx, j.encoded); err != nil {
 				return err
 			}
+			begun := time.Now()
 			if err := o.send(ctx, frames, j); err != nil {
 				return err
 			}
+			o.encoder.Sent(time.Since(begun))
 			free <- j
 		}
 		return nil
@@ -203,7 +208,7 @@ func (o *Outbox) work(ctx context.Context, collect, encode <-chan *job, sent <-c
 			}
 			j.collected <- struct{}{}
 		case j := <-encode:
-			j.encode()
+			j.encode(o.encoder.Encode)
 			j.encoded <- struct{}{}
 		case <-sent:
 			return nil
@@ -407,12 +412,12 @@ func (j *job) offer(unit int64) bool {
 }
 
 // encode makes the frames of what the destination does not hold of j.
-func (j *job) encode() {
+func (j *job) encode(encode encode) {
 	j.dataFrame, j.zeroFrame = j.dataFrame[:0], j.zeroFrame[:0]
 	j.drop()
 	if len(j.extents) > 0 {
 		var m compress.Method
-		j.dataFrame, m = appendData(j.dataFrame, j.extents, j.raw)
+		j.dataFrame, m = appendData(j.dataFrame, encode, j.extents, j.raw)
 		c := &j.counts.Compressed
 		if m == compress.Raw {
 			c = &j.counts.Raw

@@ -112,12 +112,15 @@ func parseExtents(list []extent, body []byte, disk int64) (_ []extent, n int64, 
 	return list, n, body, nil
 }
 
+// encode is compress.Encoder.Encode.
+type encode func(dst, src []byte) ([]byte, compress.Method)
+
 // appendData appends a data frame; content is that of the extents, one after the
 // other. They are compressed together.
-func appendData(dst []byte, list []extent, content []byte) ([]byte, compress.Method) {
+func appendData(dst []byte, encode encode, list []extent, content []byte) ([]byte, compress.Method) {
 	dst = appendExtents(append(dst, frameData), list)
 	method := len(dst)
-	dst, m := compress.Encode(append(dst, 0), content)
+	dst, m := encode(append(dst, 0), content)
 	dst[method] = byte(m)
 	return dst, m
 }

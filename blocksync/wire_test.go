@@ -18,6 +18,8 @@ import (
 
 const testDisk = 4 << 20
 
+var coder = compress.NewEncoder(1)
+
 // script is one valid transfer to a disk of testDisk bytes.
 func script() [][]byte {
 	list := []extent{{blockSize, blockSize}, {testDisk - 512, 512}}
@@ -43,7 +45,7 @@ func offerOf(id uint32, unit int64, list []extent, content []byte) []byte {
 }
 
 func dataOf(list []extent, content []byte) []byte {
-	frame, _ := appendData(nil, list, content)
+	frame, _ := appendData(nil, coder.Encode, list, content)
 	return frame
 }
 

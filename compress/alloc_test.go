@@ -15,7 +15,7 @@ func TestNoAllocations(t *testing.T) {
 	block := func() {
 		var m Method
 		var err error
-		enc, m = Encode(enc[:0], b)
+		enc, m = normally.Encode(enc[:0], b)
 		if dec, err = Decode(dec[:0], m, enc, len(b)); err != nil {
 			t.Fatal(err)
 		}

@@ -9,6 +9,9 @@
 //
 // Methods are only appended; a decoder refuses one it does not know.
 //
+// How hard zstd tries is not in the frame: an Encoder has that follow the link
+// and the CPU while it goes.
+//
 // What has changed in a block since an older version of it is a delta, see
 // AppendDelta.
 package compress
@@ -52,42 +55,10 @@ var (
 	ErrSize = errors.New("block does not have the announced size")
 )
 
-// level is chosen by BenchmarkLevels: 256 KiB blocks of a guest's kinds of
-// content, one core of a 2-core virtual machine, MB/s of input and ratio:
-//
-//	          machine code   source text   table        noise
-//	fastest   200  1.98      240  3.36     179  2.40    2600  1
-//	default   117  2.10      156  3.63     134  2.43    1300  1
-//	better     44  2.11       65  3.81      43  2.43
-//	best       17  2.18       21  4.08      14  2.48
-//
-// At default a core fills more than 400 Mbit/s of link with encoded bytes;
-// better would hold back a 200 Mbit/s link for 1 to 5 % fewer bytes.
-const level = zstd.SpeedDefault
-
-// The encoder and the decoder keep one state per core, which bounds memory and
-// parallelism of all callers together. zstd's own checksum is left out: the
-// session below authenticates the bytes.
-var (
-	encoder = newEncoder(level)
-	decoder = newDecoder()
-)
-
-func newEncoder(l zstd.EncoderLevel) *zstd.Encoder {
-	e, err := zstd.NewWriter(nil,
-		zstd.WithEncoderLevel(l),
-		zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)),
-		zstd.WithWindowSize(1<<20),
-		zstd.WithSingleSegment(true), // states the content size also of the smallest blocks
-		// Without it, content with a skewed alphabet and no matches (base64) is
-		// sent raw. zstd gives up on noise after its first look either way.
-		zstd.WithAllLitEntropyCompression(true),
-		zstd.WithEncoderCRC(false))
-	if err != nil {
-		panic(err) // constant options
-	}
-	return e
-}
+// The decoder keeps one state per core, which bounds memory and parallelism of
+// all callers together. zstd's own checksum is left out: the session below
+// authenticates the bytes.
+var decoder = newDecoder()
 
 func newDecoder() *zstd.Decoder {
 	d, err := zstd.NewReader(nil,
@@ -99,22 +70,6 @@ func newDecoder() *zstd.Decoder {
 		panic(err) // constant options
 	}
 	return d
-}
-
-// Encode appends the encoded form of src to dst and returns it with its method.
-// A block that would not shrink by at least 1/32, or is larger than MaxSize, is
-// appended as it is. Encode may be called concurrently.
-func Encode(dst, src []byte) ([]byte, Method) {
-	if len(src) == 0 || len(src) > MaxSize {
-		return append(dst, src...), Raw
-	}
-	start := len(dst)
-	dst = slices.Grow(dst, len(src)+64) // zstd adds at most 3 bytes per 128 KiB and its header
-	dst = encoder.EncodeAll(src, dst)
-	if len(dst)-start > len(src)-len(src)/32 {
-		return append(dst[:start], src...), Raw
-	}
-	return dst, Zstd
 }
 
 // Decode appends the block in src to dst: exactly size bytes, or an error with

@@ -18,6 +18,9 @@ import (
 
 const testBlock = 256 << 10
 
+// normally is at zstd's default level: it is never told of a link.
+var normally = NewEncoder(1)
+
 func noise(seed uint64, n int) []byte {
 	b := make([]byte, (n+7)&^7)
 	r := rand.New(rand.NewPCG(seed, 0))
@@ -98,7 +101,7 @@ func TestRoundTrip(t *testing.T) {
 		inputs[kind] = blocks[0]
 	}
 	for name, in := range inputs {
-		enc, m := Encode([]byte("head"), in)
+		enc, m := normally.Encode([]byte("head"), in)
 		if string(enc[:4]) != "head" {
 			t.Fatalf("%s: Encode did not append", name)
 		}
@@ -119,7 +122,7 @@ func TestMethodFollowsContent(t *testing.T) {
 	want := map[string]Method{"code": Zstd, "text": Zstd, "table": Zstd, "noise": Raw}
 	for kind, blocks := range corpus(t) {
 		for i, b := range blocks {
-			if _, m := Encode(nil, b); m != want[kind] {
+			if _, m := normally.Encode(nil, b); m != want[kind] {
 				t.Errorf("%s block %d: %v, want %v", kind, i, m, want[kind])
 			}
 		}
@@ -128,19 +131,19 @@ func TestMethodFollowsContent(t *testing.T) {
 	for quarter := range 4 {
 		b := noise(4, testBlock)
 		clear(b[quarter*testBlock/4 : (quarter+1)*testBlock/4])
-		if _, m := Encode(nil, b); m != Zstd {
+		if _, m := normally.Encode(nil, b); m != Zstd {
 			t.Errorf("zeros in quarter %d: %v", quarter, m)
 		}
 	}
 	armoured := []byte(base64.StdEncoding.EncodeToString(noise(6, testBlock)))
-	if enc, m := Encode(nil, armoured); m != Zstd || len(enc) > len(armoured)*4/5 {
+	if enc, m := normally.Encode(nil, armoured); m != Zstd || len(enc) > len(armoured)*4/5 {
 		t.Errorf("base64: %v, %d bytes of %d", m, len(enc), len(armoured))
 	}
 }
 
 func TestEveryPrefixFails(t *testing.T) {
 	in := table(5000)
-	enc, m := Encode(nil, in)
+	enc, m := normally.Encode(nil, in)
 	if m != Zstd {
 		t.Fatalf("method %v", m)
 	}
@@ -153,7 +156,7 @@ func TestEveryPrefixFails(t *testing.T) {
 
 func TestRefuses(t *testing.T) {
 	in := bytes.Repeat([]byte("refuse me "), 1000)
-	enc, _ := Encode(nil, in)
+	enc, _ := normally.Encode(nil, in)
 	stream, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
 	if err != nil {
 		t.Fatal(err)
@@ -203,7 +206,7 @@ func TestConcurrent(t *testing.T) {
 		wg.Go(func() {
 			for kind, bs := range blocks {
 				for _, b := range bs[:2] {
-					enc, m := Encode(nil, b)
+					enc, m := normally.Encode(nil, b)
 					dec, err := Decode(nil, m, enc, len(b))
 					if err != nil || !bytes.Equal(dec, b) {
 						t.Errorf("%s: error %v", kind, err)
@@ -217,7 +220,7 @@ func TestConcurrent(t *testing.T) {
 
 func FuzzDecode(f *testing.F) {
 	for _, in := range [][]byte{nil, []byte("abc"), table(5000), noise(5, 5000)} {
-		enc, m := Encode(nil, in)
+		enc, m := normally.Encode(nil, in)
 		f.Add(uint8(m), enc, len(in))
 		f.Add(uint8(Zstd), enc, len(in)+1)
 	}
@@ -226,7 +229,7 @@ func FuzzDecode(f *testing.F) {
 		if err != nil && string(out) != "x" || err == nil && len(out) != 1+size {
 			t.Fatalf("%d bytes of %d, error %v", len(out)-1, size, err)
 		}
-		enc, em := Encode(nil, src)
+		enc, em := normally.Encode(nil, src)
 		back, err := Decode(nil, em, enc, len(src))
 		if err != nil || !bytes.Equal(back, src) {
 			t.Fatalf("round trip: %v", err)
@@ -236,8 +239,8 @@ func FuzzDecode(f *testing.F) {
 
 func BenchmarkLevels(b *testing.B) {
 	blocks := corpus(b)
-	for _, l := range []zstd.EncoderLevel{zstd.SpeedFastest, zstd.SpeedDefault, zstd.SpeedBetterCompression, zstd.SpeedBestCompression} {
-		e := newEncoder(l)
+	for l := range levels {
+		e := l.encoder(1)
 		for kind, bs := range blocks {
 			b.Run(l.String()+"/"+kind, func(b *testing.B) {
 				benchmark(b, map[string][][]byte{kind: bs}, func(dst, src []byte) []byte { return e.EncodeAll(src, dst) })
@@ -248,7 +251,7 @@ func BenchmarkLevels(b *testing.B) {
 
 func BenchmarkEncode(b *testing.B) {
 	blocks := corpus(b)
-	encode := func(dst, src []byte) []byte { dst, _ = Encode(dst, src); return dst }
+	encode := func(dst, src []byte) []byte { dst, _ = normally.Encode(dst, src); return dst }
 	b.Run("mixed", func(b *testing.B) { benchmark(b, blocks, encode) })
 	for kind, bs := range blocks {
 		b.Run(kind, func(b *testing.B) { benchmark(b, map[string][][]byte{kind: bs}, encode) })
@@ -279,7 +282,7 @@ func benchmark(b *testing.B, kinds map[string][][]byte, encode func(dst, src []b
 func BenchmarkDecode(b *testing.B) {
 	for kind, blocks := range corpus(b) {
 		b.Run(kind, func(b *testing.B) {
-			enc, m := Encode(nil, blocks[0])
+			enc, m := normally.Encode(nil, blocks[0])
 			dst := make([]byte, 0, testBlock)
 			b.SetBytes(testBlock)
 			b.ReportAllocs()

@@ -22,8 +22,8 @@ type batch struct {
 	open   Reduction  // of the batch that is open, without wire bytes
 }
 
-func newBatch() batch {
-	b := batch{pageBits: defaultPageBits, encode: compress.Encode}
+func newBatch(encode func(dst, src []byte) ([]byte, compress.Method)) batch {
+	b := batch{pageBits: defaultPageBits, encode: encode}
 	room := batchHeader
 	for i := range b.sections {
 		b.sections[i] = make([]byte, 0, most[i])

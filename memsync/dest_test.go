@@ -23,6 +23,8 @@ type landing struct {
 	dest            *Dest
 }
 
+var coder = compress.NewEncoder(1)
+
 func land(t *testing.T, gate func(context.Context) error) *landing {
 	t.Helper()
 	qemu, ours := unixPair(t)
@@ -85,7 +87,7 @@ func noStore(t testing.TB) *unbatch {
 }
 
 func bytesFrame(p []byte) []byte {
-	b := newBatch()
+	b := newBatch(coder.Encode)
 	b.addBytes(p)
 	return bytes.Clone(b.seal(checksum(p)))
 }
@@ -269,7 +271,7 @@ func TestDestNeverDialsWithoutStart(t *testing.T) {
 func opsFrame(crc uint32, ops ...byte) []byte { return sectionsFrame(crc, ops, nil, nil) }
 
 func sectionsFrame(crc uint32, ops, deltas, contents []byte) []byte {
-	b := batch{pageBits: defaultPageBits, encode: compress.Encode, sections: [sections][]byte{ops, deltas, contents}}
+	b := batch{pageBits: defaultPageBits, encode: coder.Encode, sections: [sections][]byte{ops, deltas, contents}}
 	return bytes.Clone(b.seal(crc))
 }
 
@@ -386,7 +388,7 @@ func otherPageSize(frame []byte) []byte {
 
 // Every prefix of a batch is refused.
 func TestEveryBatchPrefix(t *testing.T) {
-	b := newBatch()
+	b := newBatch(coder.Encode)
 	data := []byte("record")
 	b.addBytes(data)
 	var raw stream

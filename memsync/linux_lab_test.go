@@ -103,7 +103,7 @@ func BenchmarkCaptured(b *testing.B) {
 		b.Fatal(err)
 	}
 	twice, second := sentTwice(b, data)
-	pages := encodeGuest(b, data, 0, compress.Encode, drop{}, nil).Pages
+	pages := encodeGuest(b, data, 0, coder.Encode, drop{}, nil).Pages
 	if pages*storePage < 128<<20 {
 		b.Fatalf("only %d pages have content", pages)
 	}
@@ -113,9 +113,9 @@ func BenchmarkCaptured(b *testing.B) {
 		begin  int // where what counts begins
 		encode encoder
 	}{
-		{"new", data, 0, compress.Encode},
+		{"new", data, 0, coder.Encode},
 		{"new, fastest level", data, 0, fastest(b)},
-		{"known", twice, second, compress.Encode},
+		{"known", twice, second, coder.Encode},
 	} {
 		b.Run(c.name+"/encode", func(b *testing.B) {
 			measure(b, pages*storePage, func(begin func()) { encodeGuest(b, c.data, c.begin, c.encode, drop{}, begin) })

@@ -10,11 +10,17 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/wanmig/wanmig/compress"
 )
 
 // ErrAborted is returned when the source QEMU closed its end before the stream
 // was complete: the migration was cancelled or failed there.
 var ErrAborted = errors.New("source QEMU closed the RAM stream before its end: the migration was cancelled or failed, see its log")
+
+// mayEncode is which part of the time may go into encoding. Batches are encoded
+// and sent in turn: meanwhile the link has little more than what it has queued.
+const mayEncode = 0.5
 
 // errForeign is returned by the parser where the stream is not understood.
 var errForeign = errors.New("stream not understood")
@@ -62,6 +68,7 @@ type Source struct {
 
 	in      input
 	batch   batch
+	encoder *compress.Encoder
 	index   *index // nil without a page store
 	crc     uint32 // of the batch's stream bytes up to in.summed
 	started bool
@@ -82,13 +89,15 @@ type Source struct {
 
 // NewSource returns a Source whose Run has yet to be called, once.
 func NewSource(cfg SourceConfig) *Source {
+	encoder := compress.NewEncoder(mayEncode)
 	s := &Source{
 		cfg:      cfg,
+		encoder:  encoder,
 		reader:   newReader(cfg.QEMU, cfg.Pace),
 		answers:  answers{qemu: cfg.QEMU},
 		timer:    time.NewTimer(time.Hour),
 		in:       input{buf: make([]byte, inputSize)},
-		batch:    newBatch(),
+		batch:    newBatch(encoder.Encode),
 		pageBits: defaultPageBits,
 	}
 	s.timer.Stop()
@@ -275,6 +284,7 @@ func (s *Source) flush(ctx context.Context) error {
 		return nil
 	}
 	s.sum()
+	s.encoder.Hurry(s.stats.UnseenPages == 0) // the guest may be stopped any time
 	frame := s.batch.seal(s.crc)
 	s.crc = 0
 	return s.send(ctx, frame)
@@ -289,9 +299,11 @@ func (s *Source) send(ctx context.Context, frame []byte) error {
 			return err
 		}
 	}
+	begun := time.Now()
 	if err := s.cfg.Frames.Send(ctx, frame); err != nil {
 		return fmt.Errorf("send memory frame: %w", err)
 	}
+	s.encoder.Sent(time.Since(begun))
 	s.stats.WireBytes += uint64(len(frame))
 	s.publish()
 	return nil
