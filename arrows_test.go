@@ -32,7 +32,7 @@ var arrows = map[string][]string{
 	"netredirect/routes":    {},
 	"migrate":               {"netredirect", "handoff", "hypervisor", "memsync", "blocksync", "blocksync/nbd", "tunnel"},
 	"agent":                 {"netredirect", "netredirect/names", "netredirect/routes", "migrate", "handoff", "hypervisor", "tunnel"},
-	"cmd/wanmig":            {"agent", "migrate", "netredirect"},
+	"cmd/wanmig":            {"agent", "migrate", "blocksync", "netredirect"},
 	"lab":                   {"lab/guest/api"},
 	"lab/guest":             {"lab/guest/api"},
 	"lab/guest/api":         {},

@@ -43,6 +43,16 @@ func (m bitmap) clear(from, to int64) (removed int64) {
 	return removed
 }
 
+// count returns how many of the first n are members.
+func (m bitmap) count(n int64) (count int64) {
+	for i := m.nextSet(0, n); i < n; i = m.nextSet(i, n) {
+		end := m.nextClear(i, n)
+		count += end - i
+		i = end
+	}
+	return count
+}
+
 // nextSet returns the first member of [from, to), or to.
 func (m bitmap) nextSet(from, to int64) int64 {
 	for from < to {

@@ -25,6 +25,7 @@ type disk struct {
 	unsynced bool
 	room     int64 // bytes that may still be written, when limited
 	limited  bool
+	spoil    int // the write, from 1, that changes a bit
 }
 
 func newDisk(size int64) *disk { return &disk{content: make([]byte, size)} }
@@ -63,7 +64,12 @@ func (d *disk) change(e extent, apply func(area []byte)) error {
 }
 
 func (d *disk) WriteAt(ctx context.Context, p []byte, off int64, fua bool) error {
-	return d.change(extent{off, int64(len(p))}, func(area []byte) { copy(area, p); d.writes++ })
+	return d.change(extent{off, int64(len(p))}, func(area []byte) {
+		copy(area, p)
+		if d.writes++; d.writes == d.spoil {
+			area[len(area)/2] ^= 4
+		}
+	})
 }
 
 func (d *disk) Zero(ctx context.Context, off, n int64, f nbd.ZeroFlags) error {
@@ -88,11 +94,25 @@ func (d *disk) Flush(ctx context.Context) error {
 	return nil
 }
 
+// set writes as a guest does.
+func (d *disk) set(p []byte, off int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	copy(d.content[off:], p)
+}
+
+// openDisk is a disk that is read beside.
+type openDisk struct{ *disk }
+
+func (openDisk) Close() error { return nil }
+
 // thinDisk is a disk that tells where it has zeros, in extents of odd sizes.
 type thinDisk struct{ *disk }
 
 func (d thinDisk) BlockStatus(ctx context.Context, off, n int64) ([]nbd.Extent, error) {
 	var list []nbd.Extent
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for end := off + n; off < end && len(list) < 3; {
 		length := min(end-off, 7*sectorSize)
 		zero := isZero(d.content[off : off+length])
@@ -156,6 +176,8 @@ type transfer struct {
 	ended        sync.WaitGroup
 	sendErr      error
 	targetErr    error
+	open         func(context.Context) (Image, error) // when verified
+	verifyErr    error
 }
 
 func newBudget(tb testing.TB, memory, spool int64) *Budget {
@@ -209,8 +231,17 @@ func newTransfer(tb testing.TB, dev nbd.Device, b *Budget) *transfer {
 
 func (x *transfer) start(ctx context.Context) {
 	ctx, x.cancel = context.WithCancel(ctx)
+	if x.open != nil {
+		x.ended.Go(func() { x.verifyErr = x.outbox.Verify(ctx, x.open) })
+	}
 	x.ended.Go(func() { x.sendErr = x.outbox.Run(ctx, x.frames, x.acks) })
 	x.ended.Go(func() { x.targetErr = x.target.Run(ctx, x.frames, x.acks) })
+}
+
+// verify has the transfer compared, from its start on.
+func (x *transfer) verify(open func(context.Context) (Image, error)) {
+	x.outbox.WillVerify()
+	x.open = open
 }
 
 // finish seals, waits and returns the first error.
@@ -228,7 +259,7 @@ func (x *transfer) wait() error {
 	if x.targetErr != nil {
 		return fmt.Errorf("target: %w", x.targetErr)
 	}
-	return nil
+	return x.verifyErr
 }
 
 // settled checks what holds at the end of every good transfer.

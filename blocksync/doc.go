@@ -35,12 +35,13 @@
 // Source to destination:
 //
 //	type  name     body
-//	1     open     version u8, size u64
+//	1     open     version u8, size u64, verify u8
 //	2     data     extents, method u8, payload
 //	3     zero     extents, each: offset u64, length u64
 //	4     barrier  id u64, final u8
 //	5     offer    id u32, unit u8, extents, fingerprints of 16 bytes
 //	6     apply    id u32
+//	7     check    last u8, {segment u32, fingerprint of 16 bytes}...
 //
 // extents: count u16, then each: offset u64, size u32
 //
@@ -52,6 +53,7 @@
 //	3     failure   text, UTF-8, at most 1024 bytes
 //	4     held      id u32, two bits a unit
 //	5     ready     flags u8
+//	6     checked   {segment u32, same u8}...
 //
 // open is the first frame; a version or size that differs from the
 // destination's is refused. data carries 1 or more extents of 1,048,576 bytes
@@ -75,6 +77,12 @@
 // changed cross.
 //
 // ready answers open; its lowest bit tells that the disk has an older copy.
+//
+// With verify 1 the disk is complete only when all of its segments of 1 MiB were
+// compared and not written to since. check carries digests of up to 256, and its
+// place among the frames counts: the destination reads each when what was sent
+// before is written, and answers with checked. One that differs fails the
+// transfer only in a frame with last 1, which is sent when the guest is stopped.
 //
 // barrier asks for durable, with the same id, once everything sent before it is
 // on stable storage. Ids count from 1. The barrier with final 1 is the last

@@ -87,7 +87,7 @@ func TestOlderCopyWrittenMeanwhile(t *testing.T) {
 	e := []extent{{blockUnit, blockUnit}}
 	other := []extent{{blockUnit + page, page}}
 	acks, err := applyTo(t, d, true, [][]byte{
-		appendOpen(nil, testDisk),
+		appendOpen(nil, testDisk, false),
 		offerOf(1, blockUnit, e, block),
 		appendBarrier(nil, 1, false), // clears the copy
 		dataOf(other, noise(2, page)),

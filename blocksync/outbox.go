@@ -31,6 +31,7 @@ type Outbox struct {
 	zeros  bitmap           // dirty, and all zero
 	sent   bitmap           // taken by the sender at some time
 	order  queue
+	verify *verification // nil if nothing is compared
 	strict bool
 	sealed bool
 	bulk   bool        // what was written before Covered is not all taken yet
@@ -72,6 +73,8 @@ type Stats struct {
 	Wire          int64 // bytes of all frames sent
 	Reduction     Reduction
 	Applied       int64 // of SentData, Held and SentZero, written at the destination
+	Verified      int64 // bytes that were found the same at the destination, and not written since
+	VerifiedLast  int64 // bytes that were compared after the seal
 	SpoolProblem  error // why the spool file is smaller than it was allowed to be
 }
 
@@ -116,6 +119,9 @@ func (o *Outbox) Stats() Stats {
 	s := o.stats
 	s.Size, s.SpoolProblem = o.size, problem
 	s.Applied += s.Recalled
+	if v := o.verify; v != nil {
+		s.Verified, s.VerifiedLast = min(v.agreed.count(segmentsIn(o.size))*segment, o.size), v.again
+	}
 	return s
 }
 
@@ -148,7 +154,10 @@ func (o *Outbox) Seal() {
 	}
 	o.sealed = true
 	o.encoder.Hurry(true)
-	o.pushBarrier(span{final: true})
+	if o.verify == nil {
+		o.pushBarrier(span{final: true})
+	} // else Verify has something to send before
+	o.change.broadcast()
 }
 
 func (o *Outbox) pushBarrier(s span) {

@@ -10,7 +10,9 @@ type span struct {
 	from, to int64
 	barrier  uint64 // its id, when not 0
 	final    bool
-	covered  bool // everything before it is the mirror's first pass
+	covered  bool   // everything before it is the mirror's first pass
+	check    *check // or a digest between them
+	last     bool   // the digest is of a disk that changes no more
 }
 
 // queue holds spans in the order in which they became dirty. Every dirty block
@@ -22,7 +24,7 @@ type queue struct {
 
 // push adds blocks, to the last span when they continue it.
 func (q *queue) push(from, to int64) {
-	if n := len(q.spans); n > q.head && q.spans[n-1].barrier == 0 && q.spans[n-1].to == from {
+	if n := len(q.spans); n > q.head && q.spans[n-1].barrier == 0 && q.spans[n-1].check == nil && q.spans[n-1].to == from {
 		q.spans[n-1].to = to
 		return
 	}

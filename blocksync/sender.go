@@ -39,6 +39,8 @@ type job struct {
 	taken   []taken
 	content int64 // bytes in taken
 	zeros   []extent
+	checks  []check
+	last    bool // checks are the last ones
 	barrier span
 
 	offered  bool
@@ -76,7 +78,7 @@ func (o *Outbox) Run(ctx context.Context, frames frameWriter, acks frameReader) 
 	image, err := newImage(o.size)
 	if err == nil {
 		o.image = image
-		err = o.sendFrame(ctx, frames, appendOpen(nil, o.size))
+		err = o.sendFrame(ctx, frames, appendOpen(nil, o.size, o.verify != nil))
 		if err == nil {
 			err = o.run(ctx, frames, acks)
 		}
@@ -260,6 +262,7 @@ func receive[T any](ctx context.Context, ch <-chan T) (v T, err error) {
 // take fills j with the oldest of what waits, and waits for that.
 func (o *Outbox) take(ctx context.Context, j *job) error {
 	j.taken, j.zeros, j.content, j.barrier = j.taken[:0], j.zeros[:0], 0, span{}
+	j.checks, j.last = j.checks[:0], false
 	j.offered, j.offers, j.held, j.counts = false, j.offers[:0], j.held[:0], Reduction{}
 	j.offering, j.recalled = 0, 0
 	o.mu.Lock()
@@ -273,7 +276,7 @@ func (o *Outbox) take(ctx context.Context, j *job) error {
 				j.offered = true
 			}
 		}
-		if len(j.taken) > 0 || len(j.zeros) > 0 || j.barrier.barrier != 0 {
+		if len(j.taken) > 0 || len(j.zeros) > 0 || len(j.checks) > 0 || j.barrier.barrier != 0 {
 			return nil
 		}
 		if err := o.pause(ctx, nil); err != nil {
@@ -296,6 +299,13 @@ func (o *Outbox) takeNext(j *job) bool {
 			o.bulk = false
 		}
 		return false
+	case s.check != nil:
+		if len(j.checks) > 0 && j.last != s.last {
+			return false
+		}
+		j.checks, j.last = append(j.checks, *s.check), s.last
+		o.order.pop()
+		return len(j.checks) < maxChecks
 	case s.from == s.to:
 		o.order.pop()
 		return true
@@ -500,7 +510,11 @@ func (o *Outbox) send(ctx context.Context, frames frameWriter, j *job) error {
 	for _, id := range j.offers {
 		list = append(list, appendApply(nil, id))
 	}
-	for _, frame := range append(list, j.dataFrame, j.zeroFrame, barrier) {
+	var checks []byte
+	if len(j.checks) > 0 {
+		checks = appendChecks(nil, j.last, j.checks)
+	}
+	for _, frame := range append(list, j.dataFrame, j.zeroFrame, checks, barrier) {
 		if len(frame) == 0 {
 			continue
 		}
@@ -553,6 +567,11 @@ func (o *Outbox) readAcks(ctx context.Context, acks frameReader, held func(ack) 
 		switch a.kind {
 		case ackReady:
 			o.old.Store(a.old)
+			continue
+		case ackChecked:
+			if err := o.compared(a); err != nil {
+				return err
+			}
 			continue
 		case ackHeld:
 			if err := held(a); err != nil {

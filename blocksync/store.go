@@ -27,6 +27,7 @@ func (o *Outbox) put(ctx context.Context, idx int64, at int, p []byte) error {
 			done = o.rewrite(b, at, p)
 		}
 		if done {
+			o.touch(idx*blockSize+int64(at), int64(len(p)))
 			o.stats.Accepted += int64(len(p))
 			return nil
 		}
@@ -157,6 +158,7 @@ func (o *Outbox) putZeros(ctx context.Context, from, to int64) error {
 	if err := o.closed(); err != nil {
 		return err
 	}
+	o.touch(from*blockSize, o.bytes(from, to))
 	o.stats.Accepted += o.bytes(from, to)
 	for i := from; i < to; {
 		clean := o.dirty.nextClear(i, to)

@@ -32,6 +32,7 @@ type Target struct {
 	known   bitmap         // pages that read as zeros
 	old     bool           // the disk has older content
 	stale   bitmap         // pages of that which nothing was said of but that they are zeros
+	compare *comparison    // nil if nothing is compared
 	durable chan struct{}
 	beside  sync.WaitGroup
 
@@ -111,12 +112,15 @@ func (t *Target) run(ctx context.Context, frames frameReader, acks frameWriter) 
 	if err != nil {
 		return fmt.Errorf("receive open: %w", err)
 	}
-	size, err := parseOpen(buf)
+	size, verify, err := parseOpen(buf)
 	if err != nil {
 		return err
 	}
 	if size != uint64(t.dev.Size()) {
 		return fmt.Errorf("%w: the source's disk has %d bytes, the destination's %d", ErrFrame, size, t.dev.Size())
+	}
+	if verify {
+		t.compare = &comparison{same: newBitmap(segmentsIn(t.dev.Size()))}
 	}
 	if err := t.learnZeros(ctx); err != nil {
 		return err
@@ -257,6 +261,8 @@ func (t *Target) receive(ctx context.Context, frames frameReader, acks frameWrit
 			err = offers.apply(w, body)
 		case frameZero:
 			err = t.zero(w, body)
+		case frameCheck:
+			err = t.check(ctx, acks, w, body)
 		case frameBarrier:
 			var id uint64
 			var final bool
@@ -280,6 +286,11 @@ func (t *Target) barrier(ctx context.Context, w *writers, acks frameWriter, id u
 	t.wipe(w, 0, pagesIn(t.dev.Size()))
 	if err := w.wait(); err != nil {
 		return err
+	}
+	if final {
+		if err := t.compared(); err != nil {
+			return err
+		}
 	}
 	if err := t.dev.Flush(ctx); err != nil {
 		return err
@@ -331,6 +342,7 @@ func (t *Target) write(w *writers, where extent, content []byte) {
 	}
 	t.stale.clear(first, last+1)
 	buf := w.begin(where)
+	t.changed(where)
 	*buf = append((*buf)[:0], content...)
 	pieces := t.pieces(where, *buf)
 	w.run(where, buf, func() error {
@@ -351,6 +363,7 @@ func (t *Target) wipe(w *writers, from, to int64) {
 		end := min(t.stale.nextClear(from, to), from+maxZero/page)
 		e := extent{from * page, min(end*page, t.dev.Size()) - from*page}
 		buf := w.begin(e)
+		t.changed(e)
 		t.remember(e)
 		w.run(e, buf, func() error { return t.dev.Zero(w.ctx, e.offset, e.length, nbd.ZeroFlags{}) })
 		from = end
@@ -405,6 +418,7 @@ func (t *Target) zero(w *writers, body []byte) error {
 // fill asks the device for zeros, and for holes where it can.
 func (t *Target) fill(w *writers, e extent) {
 	buf := w.begin(e)
+	t.changed(e)
 	t.remember(e)
 	w.run(e, buf, func() error {
 		if err := t.dev.Zero(w.ctx, e.offset, e.length, nbd.ZeroFlags{}); err != nil {

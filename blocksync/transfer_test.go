@@ -65,6 +65,7 @@ func TestTargetEqualsModel(t *testing.T) {
 		before := rapid.SampledFrom([]string{"new", "used", "old copy"}).Draw(rt, "before")
 		strict := rapid.Bool().Draw(rt, "strict")
 		offers := rapid.Bool().Draw(rt, "offers")
+		verify := rapid.Bool().Draw(rt, "verify")
 		steps := rapid.SliceOfN(rapid.Custom(func(rt *rapid.T) step {
 			s := step{kind: rapid.SampledFrom([]byte("wwwwwzztfcddd")).Draw(rt, "kind")}
 			unit := rapid.SampledFrom([]int64{sectorSize, page, blockSize}).Draw(rt, "unit")
@@ -75,7 +76,7 @@ func TestTargetEqualsModel(t *testing.T) {
 		}), 1, 60).Draw(rt, "steps")
 		var err error
 		synctest.Test(t, func(t *testing.T) {
-			err = play(t, size, newBudget(t, memory, spool), thin, before, strict, offers, steps)
+			err = play(t, size, newBudget(t, memory, spool), scene{thin: thin, before: before, strict: strict, offers: offers, verify: verify, steps: steps})
 		})
 		if err != nil {
 			rt.Fatal(err)
@@ -83,9 +84,20 @@ func TestTargetEqualsModel(t *testing.T) {
 	})
 }
 
-func play(t *testing.T, size int64, b *Budget, thin bool, before string, strict, offers bool, steps []step) error {
+// scene is how a transfer goes.
+type scene struct {
+	thin, strict, offers, verify bool
+	before                       string // what the target's disk is
+	spoil                        int    // the write that reaches the disk with an error, if any
+	steps                        []step
+}
+
+func play(t *testing.T, size int64, b *Budget, s scene) error {
+	steps, before := s.steps, s.before
 	d := newDisk(size)
-	model := make([]byte, size)
+	d.spoil = s.spoil
+	guest := newDisk(size)
+	model := guest.content
 	if before == "old copy" {
 		older(d.content, steps)
 	}
@@ -96,15 +108,18 @@ func play(t *testing.T, size int64, b *Budget, thin bool, before string, strict,
 		steps = append([]step{{kind: 'z', n: size}}, steps...)
 	}
 	var dev nbd.Device = d
-	if thin {
+	if s.thin {
 		dev = thinDisk{d}
 	}
 	x := newTransfer(t, dev, b)
 	if before == "old copy" {
 		x.target = NewTarget(dev, newContent(t, size), true)
 	}
-	x.outbox.Strict(strict)
-	x.outbox.bulk = offers
+	x.outbox.Strict(s.strict)
+	x.outbox.bulk = s.offers
+	if s.verify {
+		x.verify(func(context.Context) (Image, error) { return &openDisk{guest}, nil })
+	}
 	x.frames.tokens = make(chan struct{})
 	x.start(t.Context())
 	defer x.cancel()
@@ -115,6 +130,7 @@ func play(t *testing.T, size int64, b *Budget, thin bool, before string, strict,
 			x.frames.tokens <- struct{}{}
 		}
 	}
+	strict := s.strict
 	for i, s := range steps {
 		var done atomic.Bool
 		var err error
@@ -123,13 +139,13 @@ func play(t *testing.T, size int64, b *Budget, thin bool, before string, strict,
 			switch s.kind {
 			case 'w':
 				p := content(s, i)
-				copy(model[s.off:], p)
+				guest.set(p, s.off)
 				err = x.outbox.WriteAt(t.Context(), p, s.off, s.fill%16 == 1)
 			case 'z':
-				clear(model[s.off : s.off+s.n])
+				guest.set(make([]byte, s.n), s.off)
 				err = x.outbox.Zero(t.Context(), s.off, s.n, nbd.ZeroFlags{NoHole: s.fill%2 == 0})
 			case 't':
-				clear(model[s.off : s.off+s.n])
+				guest.set(make([]byte, s.n), s.off)
 				err = x.outbox.Trim(t.Context(), s.off, s.n, false)
 			case 'f':
 				err = x.outbox.Flush(t.Context())

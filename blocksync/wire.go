@@ -21,6 +21,7 @@ const (
 	frameBarrier = 4 // id u64, final u8
 	frameOffer   = 5 // id u32, unit u8, count u16, {offset u64, size u32}..., fingerprints
 	frameApply   = 6 // id u32
+	frameCheck   = 7 // last u8, {segment u32, fingerprint}...
 )
 
 const (
@@ -29,6 +30,7 @@ const (
 	ackFailure  = 3 // text
 	ackHeld     = 4 // id u32, 2 bits a unit
 	ackReady    = 5 // flags u8
+	ackChecked  = 6 // {segment u32, same u8}...
 )
 
 const (
@@ -37,6 +39,7 @@ const (
 	maxPages    = maxContent / page
 	maxOffers   = 64 // that the destination has not been told to apply
 	maxFailure  = 1 << 10
+	maxChecks   = 256 // in one frame
 	dataExtent  = 8 + 4
 	zeroExtent  = 8 + 8
 	barrierSize = 8 + 1
@@ -58,23 +61,31 @@ type frameReader interface {
 	Recv(ctx context.Context, buf []byte) ([]byte, error)
 }
 
-func appendOpen(dst []byte, size int64) []byte {
+func appendOpen(dst []byte, size int64, verify bool) []byte {
 	dst = append(dst, frameOpen, version)
-	return binary.BigEndian.AppendUint64(dst, uint64(size))
+	return append(binary.BigEndian.AppendUint64(dst, uint64(size)), flag(verify))
 }
 
-// parseOpen returns the disk size that the source announces.
-func parseOpen(frame []byte) (uint64, error) {
+func flag(b bool) byte {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// parseOpen returns what the source announces: the disk's size, and whether it is
+// to be verified.
+func parseOpen(frame []byte) (size uint64, verify bool, err error) {
 	if len(frame) < 2 || frame[0] != frameOpen {
-		return 0, fmt.Errorf("%w: the first is not open", ErrFrame)
+		return 0, false, fmt.Errorf("%w: the first is not open", ErrFrame)
 	}
 	if frame[1] != version {
-		return 0, fmt.Errorf("%w: version %d of the disk protocol, this side has %d: run the same wanmig on both", ErrFrame, frame[1], version)
+		return 0, false, fmt.Errorf("%w: version %d of the disk protocol, this side has %d: run the same wanmig on both", ErrFrame, frame[1], version)
 	}
-	if len(frame) != 10 {
-		return 0, fmt.Errorf("%w: open of %d bytes", ErrFrame, len(frame))
+	if len(frame) != 11 || frame[10] > 1 {
+		return 0, false, fmt.Errorf("%w: open of %d bytes", ErrFrame, len(frame))
 	}
-	return binary.BigEndian.Uint64(frame[2:]), nil
+	return binary.BigEndian.Uint64(frame[2:]), frame[10] == 1, nil
 }
 
 // appendExtents appends the list of a data or offer frame.
@@ -241,11 +252,7 @@ func within(offset, length uint64, disk int64) error {
 
 func appendBarrier(dst []byte, id uint64, final bool) []byte {
 	dst = append(dst, frameBarrier)
-	dst = binary.BigEndian.AppendUint64(dst, id)
-	if final {
-		return append(dst, 1)
-	}
-	return append(dst, 0)
+	return append(binary.BigEndian.AppendUint64(dst, id), flag(final))
 }
 
 func parseBarrier(body []byte) (id uint64, final bool, err error) {
@@ -284,10 +291,48 @@ func heldAt(held []byte, i int) compress.Origin {
 
 // appendReady appends the answer to open.
 func appendReady(dst []byte, old bool) []byte {
-	if old {
-		return append(dst, ackReady, 1)
+	return append(dst, ackReady, flag(old))
+}
+
+// appendChecks appends the digests of segments. The last have to be the same.
+func appendChecks(dst []byte, last bool, checks []check) []byte {
+	dst = append(dst, frameCheck, flag(last))
+	for i := range checks {
+		dst = binary.BigEndian.AppendUint32(dst, uint32(checks[i].segment))
+		dst = append(dst, checks[i].sum[:]...)
 	}
-	return append(dst, ackReady, 0)
+	return dst
+}
+
+// parseChecks reads the body of a check frame for a disk of so many segments.
+func parseChecks(body []byte, segments int64) (last bool, checks []check, err error) {
+	const size = 4 + len(compress.Fingerprint{})
+	if len(body) < 1+size || body[0] > 1 || (len(body)-1)%size != 0 || (len(body)-1)/size > maxChecks {
+		return false, nil, fmt.Errorf("%w: check of %d bytes", ErrFrame, len(body))
+	}
+	for p := body[1:]; len(p) > 0; p = p[size:] {
+		c := check{segment: int64(binary.BigEndian.Uint32(p))}
+		copy(c.sum[:], p[4:])
+		if c.segment >= segments {
+			return false, nil, fmt.Errorf("%w: check of segment %d of %d", ErrFrame, c.segment, segments)
+		}
+		checks = append(checks, c)
+	}
+	return body[0] == 1, checks, nil
+}
+
+// result is what came of a check.
+type result struct {
+	segment int64
+	same    bool
+}
+
+func appendResults(dst []byte, results []result) []byte {
+	dst = append(dst, ackChecked)
+	for _, r := range results {
+		dst = append(binary.BigEndian.AppendUint32(dst, uint32(r.segment)), flag(r.same))
+	}
+	return dst
 }
 
 func appendFailure(dst []byte, text string) []byte {
@@ -305,6 +350,7 @@ type ack struct {
 	applied uint64
 	held    []byte
 	old     bool
+	results []result
 	text    string
 }
 
@@ -322,6 +368,13 @@ func parseAck(frame []byte) (ack, error) {
 		a.id, a.held = uint64(binary.BigEndian.Uint32(body)), body[4:]
 	case a.kind == ackReady && len(body) == 1 && body[0] <= 1:
 		a.old = body[0] == 1
+	case a.kind == ackChecked && len(body) > 0 && len(body)%5 == 0 && len(body)/5 <= maxChecks:
+		for p := body; len(p) > 0; p = p[5:] {
+			if p[4] > 1 {
+				return ack{}, fmt.Errorf("%w: result %d of a check", ErrFrame, p[4])
+			}
+			a.results = append(a.results, result{int64(binary.BigEndian.Uint32(p)), p[4] == 1})
+		}
 	case a.kind == ackFailure && len(body) <= maxFailure:
 		a.text = printable(string(body))
 	default:

@@ -25,7 +25,7 @@ func script() [][]byte {
 	list := []extent{{blockSize, blockSize}, {testDisk - 512, 512}}
 	content := append(fill(blockSize, 5), fill(512, 6)...)
 	return [][]byte{
-		appendOpen(nil, testDisk),
+		appendOpen(nil, testDisk, false),
 		dataOf(list, content),
 		appendZero(appendZero([]byte{frameZero}, extent{0, 1 << 20}), extent{2 << 20, 2 << 20}),
 		dataOf([]extent{{0, maxContent}}, fill(maxContent, 7)),
@@ -120,7 +120,7 @@ func TestWireFormat(t *testing.T) {
 		name, want string
 		frame      []byte
 	}{
-		{"open", "01 03 0000000000400000", appendOpen(nil, testDisk)},
+		{"open", "01 03 0000000000400000 00", appendOpen(nil, testDisk, false)},
 		{"data", "02 0001 0000000000010000 00000003 00 616263", dataOf([]extent{{blockSize, 3}}, []byte("abc"))},
 		{"offer", "05 00000009 00 0001 0000000000001000 00001001 ad7facb2586fc6e966c004d7d1d16b02", offerOf(9, page, []extent{{page, page + 1}}, make([]byte, page+1))},
 		{"apply", "06 00000009", appendApply(nil, 9)},
@@ -196,7 +196,7 @@ func TestHostileFrames(t *testing.T) {
 	for name, frame := range map[string][]byte{
 		"empty":               {},
 		"unknown type":        {9, 1, 2, 3},
-		"second open":         appendOpen(nil, testDisk),
+		"second open":         appendOpen(nil, testDisk, false),
 		"no extents":          {frameData},
 		"no zeros":            {frameZero},
 		"beyond the end":      extentAt(testDisk-2, 3, 0, "abc"),
@@ -224,7 +224,7 @@ func TestHostileFrames(t *testing.T) {
 		"huge":                make([]byte, maxFrame+1),
 	} {
 		d := newDisk(testDisk)
-		if _, err := apply(t, d, [][]byte{appendOpen(nil, testDisk), frame}); err == nil || errors.Is(err, io.ErrUnexpectedEOF) {
+		if _, err := apply(t, d, [][]byte{appendOpen(nil, testDisk, false), frame}); err == nil || errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("%s: %v", name, err)
 		}
 		if d.writes > 0 {
@@ -232,9 +232,9 @@ func TestHostileFrames(t *testing.T) {
 		}
 	}
 	for name, frame := range map[string][]byte{
-		"newer version": {frameOpen, version + 1, 0, 0, 0, 0, 0, 64, 0, 0},
-		"other size":    appendOpen(nil, testDisk+512),
-		"trailing byte": append(appendOpen(nil, testDisk), 0),
+		"newer version": {frameOpen, version + 1, 0, 0, 0, 0, 0, 64, 0, 0, 0},
+		"other size":    appendOpen(nil, testDisk+512, false),
+		"trailing byte": append(appendOpen(nil, testDisk, false), 0),
 		"not open":      appendBarrier(nil, 1, true),
 	} {
 		if _, err := apply(t, newDisk(testDisk), [][]byte{frame}); !errors.Is(err, ErrFrame) {
@@ -305,7 +305,7 @@ func FuzzTarget(f *testing.F) {
 	f.Add(pack([][]byte{same, appendApply(nil, 1), dataOf([]extent{{page, 2 * page}}, fill(2*page, 3)), same, appendApply(nil, 1), appendBarrier(nil, 1, true)}))
 	f.Add(pack([][]byte{appendZero([]byte{frameZero}, extent{0, testDisk}), appendBarrier(nil, 1, true)}))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		frames := [][]byte{appendOpen(nil, testDisk)}
+		frames := [][]byte{appendOpen(nil, testDisk, false)}
 		for len(b) >= 2 {
 			n := min(int(binary.BigEndian.Uint16(b)), len(b)-2)
 			frames = append(frames, b[2:2+n])

@@ -39,7 +39,7 @@ type incoming struct {
 	work    sync.WaitGroup
 	have    *blocksync.Content      // of what the destination holds
 	older   map[string]handoff.Copy // by target: images that stood here, and are brought up to date
-	kept    kept
+	kept    Kept
 	disks   atomic.Int32  // that are not durable yet
 	durable chan struct{} // closed when every disk is
 	ran     atomic.Bool   // libvirt said that the guest was resumed here
@@ -583,5 +583,5 @@ func (in *incoming) discard() {
 	if err != nil {
 		in.log.Error("incoming guest not cleared", "error", err)
 	}
-	in.kept = kept{Bytes: bytes, Until: time.Now().Add(in.Keep)}
+	in.kept = Kept{Bytes: bytes, Until: time.Now().Add(in.Keep)}
 }

@@ -65,7 +65,7 @@ func (sy *syncer) show(gauges []gauge, stream, wire, drain *gauge) {
 		done := min(o.Applied, d.Size-o.Pending())
 		disks[i] = Disk{Target: d.Target, Size: d.Size, Read: o.Accepted, Pending: o.Pending(), Spooled: o.PendingSpool,
 			Done: done, Sent: o.SentData + o.Held, Held: o.Held, Wire: o.Wire, Rate: gauges[i].add(o.Applied, now),
-			Reduction: o.Reduction}
+			Verified: o.Verified, Reduction: o.Reduction}
 		if o.SpoolProblem != nil {
 			disks[i].Problem = o.SpoolProblem.Error()
 		}

@@ -7,8 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/docker/go-units"
-
 	"github.com/wanmig/wanmig/blocksync"
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/netredirect"
@@ -96,10 +94,10 @@ func (s *source) summarise(err error) {
 			r.Redirect = plan
 		}
 		if s.kept.Bytes > 0 && st.Phase == PhaseRolledBack {
-			r.Notices = append(r.Notices, fmt.Sprintf("%s of the disks have arrived at %s and are kept there until %s: the next attempt starts from them (not with --fresh)",
-				units.BytesSize(float64(s.kept.Bytes)), st.Peer, s.kept.Until.Local().Format("2006-01-02 15:04")))
+			r.Kept = &s.kept
 		}
 		if st.Phase == PhaseDone {
+			r.Verified = s.verified
 			r.Redirected = redirected
 			r.Notices = append(r.Notices, problems...)
 			r.Notices = append(r.Notices, s.leftBehind()...)

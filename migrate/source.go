@@ -27,12 +27,13 @@ type source struct {
 	answers   chan answer // what the destination says once it is prepared; closed with the session
 	listening bool        // answers is being fed
 	aborted   bool        // the destination has said that it cleaned up
-	kept      kept        // what it keeps all the same
+	kept      Kept        // what it keeps all the same
 	plan      plan
 	redirect  redirecting
 	out       *hypervisor.Outgoing
 	cookie    []byte // libvirt's, of Perform
 	downtime  Downtime
+	verified  *Verified
 }
 
 // answer is a control message of the destination.
@@ -318,6 +319,7 @@ func (s *source) handOff(ctx context.Context, sy *syncer, cookie []byte) error {
 		}
 	}
 	s.measure(sy, offered, r)
+	s.verified = sy.verified()
 	return s.step(handoff.AnswerRunning, nil)
 }
 

@@ -37,7 +37,8 @@ type Request struct {
 	Paused     bool              `json:"paused,omitempty"` // land paused
 	CopyCDROM  bool              `json:"copy_cdrom,omitempty"`
 	DryRun     bool              `json:"dry_run,omitempty"`
-	Fresh      bool              `json:"fresh,omitempty"` // older copies of the disks at the destination don't count
+	Verify     bool              `json:"verify,omitempty"` // compare the disks of both sides before the guest runs there
+	Fresh      bool              `json:"fresh,omitempty"`  // older copies of the disks at the destination don't count
 
 	// How connections go on; what is not set is the agent's configuration's.
 	Redirect    netredirect.Kind        `json:"redirect,omitempty"`
@@ -81,6 +82,7 @@ type Disk struct {
 	Rate    int64  `json:"rate"`    // done per second
 	Problem string `json:"problem,omitempty"`
 
+	Verified  int64               `json:"verified,omitempty"` // found the same at both sides
 	Reduction blocksync.Reduction `json:"reduction"`
 }
 
@@ -118,6 +120,18 @@ type Reduced struct {
 type Reduction struct {
 	Memory MemoryReduction     `json:"memory"`
 	Disks  blocksync.Reduction `json:"disks"`
+}
+
+// Kept is what the destination keeps of the disks for a next attempt.
+type Kept struct {
+	Bytes int64     `json:"bytes"` // of its storage
+	Until time.Time `json:"until"`
+}
+
+// Verified is how much of the disks was compared, in bytes.
+type Verified struct {
+	Same int64 `json:"same"` // at both sides: all of them
+	Last int64 `json:"last"` // compared again while the guest was stopped
 }
 
 // Link is what the session to the peer has carried, in bytes of UDP payload.
@@ -168,6 +182,8 @@ type Result struct {
 	MemoryRounds      int      `json:"memory_rounds"`
 	// Reduction tells as what memory was sent; nil when none was.
 	Reduction *Reduction `json:"reduction,omitempty"`
+	Verified  *Verified  `json:"verified,omitempty"` // of a move with --verify
+	Kept      *Kept      `json:"kept,omitempty"`     // of a move that did not end
 	Notices   []string   `json:"notices,omitempty"`
 	Findings  []Finding  `json:"findings,omitempty"`
 	// Redirect tells what a redirect would change, of a move that was only checked.

@@ -126,6 +126,10 @@ func (sy *syncer) start(cookie []byte) error {
 		if disk.ch, err = s.session.Open(sy.ctx, "disk/"+d.Target, tunnel.Disk); err != nil {
 			return err
 		}
+		if s.req.Verify {
+			disk.outbox.WillVerify()
+			sy.run("verify disk "+d.Target, func() error { return disk.outbox.Verify(sy.ctx, s.sourceImage(d)) })
+		}
 		sy.run("disk "+d.Target, func() error { return disk.outbox.Run(sy.ctx, disk.ch, disk.ch) })
 		if d.Static {
 			sy.run("disk "+d.Target, func() error { return copyStatic(sy.ctx, s.plan.source[d.Target], disk.outbox) })
@@ -208,7 +212,7 @@ func (sy *syncer) watchRedirect() {
 }
 
 // mayRead decides whether QEMU's stream is read now. Its end waits for the
-// redirect to be ready, and for the hook that runs before the stop; where the
+// redirect to be ready, for the disks to be compared, and for the hook that runs before the stop; where the
 // stream is not understood all but its beginning does.
 func (sy *syncer) mayRead() bool {
 	l := sy.load()
@@ -220,6 +224,11 @@ func (sy *syncer) mayRead() bool {
 	}
 	if ready, err := sy.s.redirectReady(); !ready || err != nil {
 		return false // watchRedirect ends the sync
+	}
+	for _, d := range sy.disks {
+		if !d.outbox.Verified() {
+			return false
+		}
 	}
 	sy.hooked = true
 	if err := sy.s.Hooks.run(sy.ctx, BeforeStop, sy.s.hookEnv()); err != nil {
@@ -253,6 +262,20 @@ func (sy *syncer) load() load {
 	m := sy.memoryStats()
 	return load{DiskPending: sy.pending(), DiskPeak: sy.peak.Load(), DiskRate: float64(sy.diskRate.Load()),
 		FirstPassLeft: int64(m.UnseenPages * m.PageSize), RoundLeft: sy.roundLeft.Load(), RAM: int64(m.RAMBytes)}
+}
+
+// verified is what came of comparing the disks, of which all are the same; nil if
+// that was not asked for.
+func (sy *syncer) verified() *Verified {
+	if !sy.s.req.Verify {
+		return nil
+	}
+	v := &Verified{}
+	for _, d := range sy.disks {
+		o := d.outbox.Stats()
+		v.Same, v.Last = v.Same+o.Size, v.Last+o.VerifiedLast
+	}
+	return v
 }
 
 // pending is what the outboxes hold.

@@ -145,13 +145,7 @@ type reason struct {
 // aborted is the reason of a destination that gives a move up.
 type aborted struct {
 	Reason string `json:"reason"`
-	Kept   kept   `json:"kept,omitzero"`
-}
-
-// kept is what a destination keeps of a move that did not end.
-type kept struct {
-	Bytes int64     `json:"bytes"`
-	Until time.Time `json:"until"`
+	Kept   Kept   `json:"kept,omitzero"`
 }
 
 type query struct {

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/wanmig/wanmig/blocksync"
 	"github.com/wanmig/wanmig/migrate"
 )
 
@@ -47,7 +48,7 @@ func summary(r migrate.Result) string {
 	case "done":
 		fmt.Fprintf(&b, "%s runs at %s.\n", vm, to)
 	case "rolled-back":
-		fmt.Fprintf(&b, "%s was not moved: it runs at the source, and nothing is left at %s.\n", vm, to)
+		fmt.Fprintf(&b, "%s was not moved: it runs at the source%s.\n", vm, leftAt(to, r.Kept))
 	case "refused":
 		fmt.Fprintf(&b, "%s can't be moved to %s as asked; nothing was touched.\n", vm, to)
 	case "checked":
@@ -75,6 +76,10 @@ func summary(r migrate.Result) string {
 		line("sent", size(int64(r.WireBytesSent))+unless(moved == 0, fmt.Sprintf(", %s of %s of disks and %s of memory",
 			percent(int64(r.WireBytesSent), moved), size(r.DiskBytes), size(r.MemoryBytes))))
 		line("received", size(int64(r.WireBytesReceived)))
+		if v := r.Verified; v != nil {
+			line("verified", fmt.Sprintf("%s of disks are the same at both sites, %s looked at again while the guest was stopped", size(v.Same), size(v.Last)))
+		}
+		line("disks", reducedDisks(r.Reduction))
 		line("memory", join(": ", unless(r.MemoryRounds == 0, count(r.MemoryRounds, "round")), reduced(r.Reduction)))
 	}
 	var mapped map[netip.Addr]netip.Addr
@@ -111,6 +116,28 @@ func reduced(r *migrate.Reduction) string {
 	}
 	m := r.Memory
 	return join(", ", part("zero", m.Zero), part("known", m.Reference), part("changed", m.Delta), part("new", m.Data))
+}
+
+// reducedDisks tells as what the disks were sent.
+func reducedDisks(r *migrate.Reduction) string {
+	if r == nil {
+		return ""
+	}
+	part := func(what string, c blocksync.Count) string {
+		return unless(c.Bytes == 0, size(c.Bytes)+" "+what+" in "+size(c.WireBytes))
+	}
+	d := r.Disks
+	return join(", ", part("zero", d.Zero), part("sent before", d.Disk), part("in seeds", d.Seed), part("in older copies", d.Old),
+		part("compressed", d.Compressed), part("raw", d.Raw))
+}
+
+// leftAt tells what is left at the destination of a move that did not end.
+func leftAt(to string, k *migrate.Kept) string {
+	if k == nil {
+		return ", and nothing is left at " + to
+	}
+	return fmt.Sprintf(". %s of its disks have arrived and are kept at %s until %s; the next attempt starts from them, or with --fresh from nothing",
+		size(k.Bytes), to, k.Until.Local().Format("2006-01-02 15:04"))
 }
 
 // downtime tells on what each side spent the time that the guest did not run.
