@@ -134,16 +134,22 @@ func (w *world) servesPages(v *lab.VM) {
 // ask has a client in users send something to a port of a guest, and returns what comes until the guest closes the connection.
 func (w *world) ask(v *lab.VM, port string, question []byte) []byte {
 	w.t.Helper()
+	return w.askFrom(lab.Users, v.Address.String(), port, question)
+}
+
+// askFrom is the same for a client in any site.
+func (w *world) askFrom(site, address, port string, question []byte) []byte {
+	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
 	defer cancel()
-	cmd, err := w.Command(ctx, lab.Users, "busybox", "nc", v.Address.String(), port)
+	cmd, err := w.Command(ctx, site, "busybox", "nc", address, port)
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	cmd.Stdin = bytes.NewReader(question)
 	answer, err := cmd.Output()
 	if err != nil {
-		w.t.Fatalf("ask port %s of %s: %v after %q", port, v.Name, err, answer)
+		w.t.Fatalf("ask port %s of %s: %v after %q", port, address, err, answer)
 	}
 	return answer
 }
