@@ -177,7 +177,7 @@ func fastest(tb testing.TB) encoder {
 // up to a place.
 func encodeGuest(tb testing.TB, data []byte, at int, e encoder, frames frameWriter, begin func()) Stats {
 	s := NewSource(SourceConfig{QEMU: &from{script{data: data}, at, begin}, Frames: frames, Return: drop{}, Store: guestStore})
-	s.batch.encode = e
+	s.pipeline.press.encode = e
 	if err := s.Run(context.Background()); err != nil {
 		tb.Fatal(err)
 	}
