@@ -36,7 +36,9 @@ type offered struct {
 }
 
 func newBatch() *batch {
-	b := &batch{pageBits: defaultPageBits, answered: make(chan struct{}, 1), sent: make(chan struct{}, 1)}
+	b := &batch{pageBits: defaultPageBits, answered: make(chan struct{}, 1), sent: make(chan struct{}, 1),
+		offered: make([]offered, 0, maxOffered), found: make([]compress.Origin, 0, maxOffered)}
+	b.sections[sectionOps] = make([]byte, 0, maxOffered*deltaOverhead)
 	b.sections[sectionContents] = make([]byte, 0, most[sectionContents])
 	return b
 }
