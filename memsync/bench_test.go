@@ -7,6 +7,7 @@ import (
 	"io"
 	"runtime"
 	"slices"
+	"sync"
 	"testing"
 
 	"github.com/wanmig/wanmig/compress"
@@ -79,6 +80,7 @@ func (drop) Recv(ctx context.Context, _ []byte) ([]byte, error) {
 // oracle is a destination that finds all pages that are offered, or none. It
 // remembers frames if it has where to.
 type oracle struct {
+	mu      sync.Mutex
 	keep    *keep
 	origins []byte // of an answer; enough of them
 	offers  chan []byte
@@ -102,6 +104,8 @@ func (o *oracle) Send(ctx context.Context, f []byte) error {
 		o.offers <- answer
 	}
 	if o.keep != nil {
+		o.mu.Lock()
+		defer o.mu.Unlock()
 		return o.keep.Send(ctx, f)
 	}
 	return nil

@@ -416,3 +416,62 @@ func FuzzOffer(f *testing.F) {
 		}
 	})
 }
+
+// wan is a link with a rate and a delay, and a destination at its other end that
+// finds half of what is offered.
+type wan struct {
+	busy    chan struct{}
+	returns chan []byte
+	bytes   int
+}
+
+const (
+	wanRate  = 100e6 / 8
+	wanDelay = 25 * time.Millisecond
+)
+
+func (w *wan) Send(_ context.Context, f []byte) error {
+	w.busy <- struct{}{}
+	time.Sleep(time.Duration(float64(len(f)) / wanRate * float64(time.Second)))
+	w.bytes += len(f)
+	<-w.busy
+	if f[0] == frameOffer {
+		origins := make([]compress.Origin, (len(f)-numberHeader)/sumSize)
+		for i := range origins {
+			origins[i] = compress.Origin(i % 2)
+		}
+		answer := appendOrigins(append([]byte{frameHeld}, f[1:numberHeader]...), origins)
+		time.AfterFunc(2*wanDelay, func() { w.returns <- answer })
+	}
+	return nil
+}
+
+func (w *wan) Recv(ctx context.Context, _ []byte) ([]byte, error) {
+	select {
+	case f := <-w.returns:
+		return f, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// The link is never idle for an answer but the first.
+func TestAnswersCostNoTime(t *testing.T) {
+	data := guest("pages")
+	synctest.Test(t, func(t *testing.T) {
+		w := &wan{busy: make(chan struct{}, 1), returns: make(chan []byte, maxOffers)}
+		s := NewSource(SourceConfig{QEMU: &script{data: data}, Frames: w, Return: w, Store: 1 << 30})
+		s.offerAbove = 0
+		start := time.Now()
+		if err := s.Run(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		took, least := time.Since(start), time.Duration(float64(w.bytes)/wanRate*float64(time.Second))
+		if r := s.Stats().Reduction; r.Disk.Pages < 8000 || r.Data.Pages < 8000 {
+			t.Fatalf("%+v", r)
+		}
+		if took > least+2*wanDelay+10*time.Millisecond {
+			t.Errorf("%v for %d bytes that take the link %v", took, w.bytes, least)
+		}
+	})
+}
