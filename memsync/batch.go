@@ -11,26 +11,45 @@ type batch struct {
 	pageBits uint8
 	sections [sections][]byte
 	stream   int    // stream bytes that the operations stand for
+	crc      uint32 // of these
 	last     int    // where the last operation begins in its section
 	next     uint64 // the word that would extend the last operation, a run of zero pages
-	frame    []byte
-
-	encode func(dst, src []byte) ([]byte, compress.Method)
 
 	bytes  [kinds]int // of the operations
-	counts Reduction  // since seal was first called, without the batch that is open
-	open   Reduction  // of the batch that is open, without wire bytes
+	counts Reduction  // of the pages, without what their operations and contents take
+
+	hurry    bool // the guest may be stopped any time
+	asks     bool // pages are offered
+	offered  []offered
+	found    []compress.Origin // of what is offered, when it is answered
+	answered chan struct{}     // receives then
+	awaited  bool              // the one that reads the stream waits for sent
+	sent     chan struct{}     // receives when the batch and all before it are sent, if awaited
 }
 
-func newBatch(encode func(dst, src []byte) ([]byte, compress.Method)) batch {
-	b := batch{pageBits: defaultPageBits, encode: encode}
-	room := batchHeader
-	for i := range b.sections {
-		b.sections[i] = make([]byte, 0, most[i])
-		room += sectionHeader + int(most[i])
-	}
-	b.frame = make([]byte, 0, room)
+// offered is a page of a batch that the destination may hold.
+type offered struct {
+	sum     compress.Fingerprint
+	op      int // where its operation is in its section
+	length  int // of the operation
+	content int // where its content is in its section
+}
+
+func newBatch() *batch {
+	b := &batch{pageBits: defaultPageBits, answered: make(chan struct{}, 1), sent: make(chan struct{}, 1),
+		offered: make([]offered, 0, maxOffered), found: make([]compress.Origin, 0, maxOffered)}
+	b.sections[sectionOps] = make([]byte, 0, maxOffered*deltaOverhead)
+	b.sections[sectionContents] = make([]byte, 0, most[sectionContents])
 	return b
+}
+
+// reset empties the batch.
+func (b *batch) reset() {
+	for i := range b.sections {
+		b.sections[i] = b.sections[i][:0]
+	}
+	b.stream, b.bytes, b.counts = 0, [kinds]int{}, Reduction{}
+	b.asks, b.offered, b.found, b.awaited = false, b.offered[:0], b.found[:0], false
 }
 
 // fits tells whether the batch has room for n more bytes of the stream.
@@ -90,6 +109,36 @@ func (b *batch) addKept(word uint64, slot uint32, block, page []byte) {
 	b.sections[sectionContents] = append(b.sections[sectionContents], page...)
 }
 
+// offer notes that the page of the last operation, which is kept, is offered.
+func (b *batch) offer(sum compress.Fingerprint) {
+	b.offered = append(b.offered, offered{sum: sum, op: b.last, length: len(b.sections[sectionOps]) - b.last,
+		content: len(b.sections[sectionContents]) - storePage})
+}
+
+// resolve takes out the content of the offered pages that were found.
+func (b *batch) resolve() {
+	ops, contents := b.sections[sectionOps], b.sections[sectionContents]
+	n, from := 0, 0
+	for i, o := range b.offered {
+		k := kindData + kind(b.found[i])
+		b.counts.of(k).WireBytes += uint64(sumSize)
+		if k == kindData {
+			continue
+		}
+		ops[o.op] = opHeld
+		n += copy(contents[n:], contents[from:o.content])
+		from = o.content + storePage
+		record := uint64(8 + o.length - keepOverhead + storePage)
+		data, held := &b.counts.Data, b.counts.of(k)
+		data.Pages, data.StreamBytes = data.Pages-1, data.StreamBytes-record
+		held.Pages, held.StreamBytes = held.Pages+1, held.StreamBytes+record
+		b.bytes[kindData] -= o.length
+		b.bytes[k] += o.length
+	}
+	n += copy(contents[n:], contents[from:])
+	b.sections[sectionContents] = contents[:n]
+}
+
 // addReference takes a page that is in a slot of the page store.
 func (b *batch) addReference(word uint64, slot uint32, block []byte) {
 	b.count(kindReference, 8+len(block)+storePage)
@@ -135,49 +184,54 @@ func (b *batch) finish(k kind, block []byte) {
 // count notes a page whose record has n bytes of the stream.
 func (b *batch) count(k kind, n int) {
 	b.stream += n
-	c := b.open.of(k)
+	c := b.counts.of(k)
 	c.Pages++
 	c.StreamBytes += uint64(n)
 }
 
-// seal returns the frame of the batch, valid until the next call, and empties
-// the batch. crc is the checksum of its stream bytes.
-func (b *batch) seal(crc uint32) []byte {
-	f := append(b.frame[:0], frameBatch, b.pageBits)
-	f = binary.BigEndian.AppendUint32(f, crc)
+// press makes batches frames.
+type press struct {
+	encode func(dst, src []byte) ([]byte, compress.Method)
+	frame  []byte
+	counts Reduction // of all batches
+}
+
+// seal returns the frame of a batch, valid until the next call.
+func (p *press) seal(b *batch) []byte {
+	kind := byte(frameBatch)
+	if len(b.offered) > 0 {
+		kind = frameUse
+		b.resolve()
+	}
+	f := append(p.frame[:0], kind, b.pageBits)
+	f = binary.BigEndian.AppendUint32(f, b.crc)
 	var wire [sections]int
 	for i, src := range b.sections {
 		head := len(f)
 		f = append(f, make([]byte, sectionHeader)...)
 		var method compress.Method
-		f, method = b.encode(f, src)
+		f, method = p.encode(f, src)
 		wire[i] = len(f) - head - sectionHeader
 		f[head] = byte(method)
 		binary.BigEndian.PutUint32(f[head+1:], uint32(len(src)))
 		binary.BigEndian.PutUint32(f[head+5:], uint32(wire[i]))
 	}
-	b.account(wire)
-	b.frame = f
-	for i := range b.sections {
-		b.sections[i] = b.sections[i][:0]
-	}
-	b.stream, b.bytes = 0, [kinds]int{}
+	p.frame = f
+	p.account(b, wire)
 	return f
 }
 
-// account adds the batch to the counts. Operations of all kinds are compressed
+// account adds a batch to the counts. Operations of all kinds are compressed
 // together: each kind has its part of their wire bytes by its part of their
 // bytes.
-func (b *batch) account(wire [sections]int) {
-	b.open.Delta.WireBytes = uint64(wire[sectionDeltas])
-	b.open.Data.WireBytes = uint64(wire[sectionContents])
-	if ops := len(b.sections[sectionOps]); ops > 0 {
-		for k := range kindOther {
-			b.open.of(k).WireBytes += uint64(wire[sectionOps] * b.bytes[k] / ops)
-		}
-	}
+func (p *press) account(b *batch, wire [sections]int) {
+	b.counts.Delta.WireBytes += uint64(wire[sectionDeltas])
+	b.counts.Data.WireBytes += uint64(wire[sectionContents])
+	ops := len(b.sections[sectionOps])
 	for k := range kindOther {
-		b.counts.of(k).add(*b.open.of(k))
+		if ops > 0 {
+			b.counts.of(k).WireBytes += uint64(wire[sectionOps] * b.bytes[k] / ops)
+		}
+		p.counts.of(k).add(*b.counts.of(k))
 	}
-	b.open = Reduction{}
 }

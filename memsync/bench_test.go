@@ -6,7 +6,11 @@ import (
 	"hash/crc32"
 	"io"
 	"runtime"
+	"slices"
+	"sync"
 	"testing"
+
+	"github.com/wanmig/wanmig/compress"
 )
 
 func checksum(p []byte) uint32 { return crc32.Checksum(p, castagnoli) }
@@ -73,11 +77,64 @@ func (drop) Recv(ctx context.Context, _ []byte) ([]byte, error) {
 	return nil, ctx.Err()
 }
 
+// oracle is a destination that finds all pages that are offered, or none. It
+// remembers frames if it has where to.
+type oracle struct {
+	mu      sync.Mutex
+	keep    *keep
+	origins []byte // of an answer; enough of them
+	offers  chan []byte
+}
+
+func newOracle(o compress.Origin, k *keep) *oracle {
+	all := slices.Repeat([]compress.Origin{o}, maxOffered+originsPerByte)
+	return &oracle{keep: k, origins: appendOrigins(nil, all), offers: make(chan []byte, maxOffers)}
+}
+
+func (o *oracle) Send(ctx context.Context, f []byte) error {
+	if f[0] == frameOffer {
+		answer := make([]byte, 1, 1+4+len(o.origins))
+		pages := (len(f) - numberHeader) / sumSize
+		answer[0] = frameHeld
+		answer = append(answer, f[1:numberHeader]...)
+		answer = append(answer, o.origins[:(pages+originsPerByte-1)/originsPerByte]...)
+		if rest := pages % originsPerByte; rest > 0 {
+			answer[len(answer)-1] &= 1<<(2*rest) - 1
+		}
+		o.offers <- answer
+	}
+	if o.keep != nil {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		return o.keep.Send(ctx, f)
+	}
+	return nil
+}
+
+func (o *oracle) Recv(ctx context.Context, _ []byte) ([]byte, error) {
+	select {
+	case f := <-o.offers:
+		return f, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
 const benchStore = 32 << 20 // half of a guest
 
 func encode(tb testing.TB, data []byte, frames frameWriter) {
 	tb.Helper()
 	s := NewSource(SourceConfig{QEMU: &script{data: data}, Frames: frames, Return: drop{}, Store: benchStore})
+	if err := s.Run(context.Background()); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// encodeOffered is encode with a destination that is asked.
+func encodeOffered(tb testing.TB, data []byte, o *oracle) {
+	tb.Helper()
+	s := NewSource(SourceConfig{QEMU: &script{data: data}, Frames: o, Return: o, Store: benchStore})
+	s.offerAbove = 0
 	if err := s.Run(context.Background()); err != nil {
 		tb.Fatal(err)
 	}
@@ -122,6 +179,20 @@ func BenchmarkEncode(b *testing.B) {
 	}
 }
 
+// BenchmarkOffered offers pages to a destination that has all, or none, of them.
+func BenchmarkOffered(b *testing.B) {
+	for _, o := range []compress.Origin{compress.OnDisk, compress.Nowhere} {
+		b.Run(o.String(), func(b *testing.B) {
+			data := guest("pages")
+			b.SetBytes(int64(len(data)))
+			b.ReportAllocs()
+			for b.Loop() {
+				encodeOffered(b, data, newOracle(o, nil))
+			}
+		})
+	}
+}
+
 func BenchmarkDecode(b *testing.B) {
 	for kind := range guests {
 		b.Run(kind, func(b *testing.B) {
@@ -153,6 +224,11 @@ func TestNoAllocationPerPage(t *testing.T) {
 		data := guest(kind)
 		if n := mallocs(func() { encode(t, data, drop{}) }); n > limit {
 			t.Errorf("%s: encode: %d allocations", kind, n)
+		}
+		for _, o := range []compress.Origin{compress.OnDisk, compress.Nowhere} {
+			if n := mallocs(func() { encodeOffered(t, data, newOracle(o, nil)) }); n > 2*limit { // 256 are offers' answers
+				t.Errorf("%s: encode what is found %s: %d allocations", kind, o, n)
+			}
 		}
 		var k keep
 		encode(t, data, &k)

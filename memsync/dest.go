@@ -18,7 +18,7 @@ const maxTail = 64 << 20
 var ErrQEMU = errors.New("destination QEMU closed the RAM stream")
 
 // DestConfig says where a Dest reads and writes. All fields but Store
-// are required.
+// and Have are required.
 type DestConfig struct {
 	Frames frameReader // from Source
 	Return frameWriter // to Source
@@ -34,6 +34,10 @@ type DestConfig struct {
 
 	// Store is how many bytes of pages may be kept here for Source.
 	Store int64
+
+	// Have finds pages that need not be sent as they are here. It may be nil. It
+	// is asked by several goroutines.
+	Have searcher
 }
 
 // Dest turns the frames of a Source into the stream of the destination QEMU.
@@ -42,6 +46,7 @@ type Dest struct {
 	conn io.ReadWriteCloser
 	in   *unbatch
 
+	offers   *offers
 	received uint64 // stream bytes
 	tail     *tail
 
@@ -52,7 +57,7 @@ type Dest struct {
 }
 
 // NewDest returns a Dest whose Run has yet to be called, once.
-func NewDest(cfg DestConfig) *Dest { return &Dest{cfg: cfg} }
+func NewDest(cfg DestConfig) *Dest { return &Dest{cfg: cfg, offers: newOffers(cfg.Have, cfg.Return)} }
 
 // Run writes the stream to QEMU and QEMU's answers to Source. It returns nil
 // when the whole stream was written and QEMU has closed its side without
@@ -75,6 +80,9 @@ func (d *Dest) Run(ctx context.Context) error {
 			cancel(err)
 		}
 	})
+	for range searchers {
+		wg.Go(func() { cancel(d.offers.run(ctx)) })
+	}
 	err := d.stream(ctx, cancel)
 	if err == nil {
 		select {
@@ -144,7 +152,12 @@ func (d *Dest) stream(ctx context.Context, cancel context.CancelCauseFunc) error
 		}
 		buf = frame
 		switch frame[0] {
-		case frameBatch:
+		case frameBatch, frameUse:
+			if frame[0] == frameUse {
+				if d.in.held, err = d.offers.use(ctx); err != nil {
+					return err
+				}
+			}
 			p, err := d.in.decode(frame)
 			if err != nil {
 				return err
@@ -153,12 +166,22 @@ func (d *Dest) stream(ctx context.Context, cancel context.CancelCauseFunc) error
 			if err := d.put(ctx, p); err != nil {
 				return err
 			}
+		case frameOffer:
+			if d.tail != nil {
+				return fmt.Errorf("%w: an offer in the tail", ErrFrame)
+			}
+			if err := d.offers.take(frame); err != nil {
+				return err
+			}
 		case frameTail:
 			if len(frame) != 1 || d.tail != nil {
 				return fmt.Errorf("%w: tail out of place", ErrFrame)
 			}
 			d.tail = newTail(func() error { return d.cfg.Gate(ctx) }, d.write, cancel)
 		case frameEnd:
+			if n := len(d.offers.open); n > 0 {
+				return fmt.Errorf("%w: the stream ends with %d offers that are not used", ErrFrame, n)
+			}
 			if len(frame) != 9 || binary.BigEndian.Uint64(frame[1:]) != d.received {
 				return fmt.Errorf("%w: the stream ends at %d bytes, not where the source says", ErrFrame, d.received)
 			}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -30,7 +31,7 @@ func land(t *testing.T, gate func(context.Context) error) *landing {
 	qemu, ours := unixPair(t)
 	l := &landing{qemu: qemu, frames: newChannel(), returns: newChannel(), done: make(chan error, 1)}
 	l.returns.frames = make(chan []byte, 4096)
-	l.dest = NewDest(DestConfig{Frames: l.frames, Return: l.returns, Dial: dialTo(ours), Gate: gate, Store: testSlots * storePage})
+	l.dest = NewDest(DestConfig{Frames: l.frames, Return: l.returns, Dial: dialTo(ours), Gate: gate, Store: testSlots * storePage, Have: somePages})
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	go func() { l.done <- l.dest.Run(ctx) }()
 	t.Cleanup(cancel)
@@ -87,9 +88,16 @@ func noStore(t testing.TB) *unbatch {
 }
 
 func bytesFrame(p []byte) []byte {
-	b := newBatch(coder.Encode)
+	b := newBatch()
 	b.addBytes(p)
-	return bytes.Clone(b.seal(checksum(p)))
+	return sealed(b, checksum(p))
+}
+
+// sealed is the frame of a batch whose stream bytes have the checksum.
+func sealed(b *batch, crc uint32) []byte {
+	b.crc = crc
+	p := press{encode: coder.Encode}
+	return p.seal(b)
 }
 
 func endFrame(n int) []byte {
@@ -271,8 +279,7 @@ func TestDestNeverDialsWithoutStart(t *testing.T) {
 func opsFrame(crc uint32, ops ...byte) []byte { return sectionsFrame(crc, ops, nil, nil) }
 
 func sectionsFrame(crc uint32, ops, deltas, contents []byte) []byte {
-	b := batch{pageBits: defaultPageBits, encode: coder.Encode, sections: [sections][]byte{ops, deltas, contents}}
-	return bytes.Clone(b.seal(crc))
+	return sealed(&batch{pageBits: defaultPageBits, sections: [sections][]byte{ops, deltas, contents}}, crc)
 }
 
 // pageOp is the operation of a page that continues the block before: its word,
@@ -362,6 +369,26 @@ func TestBadFrames(t *testing.T) {
 		"large page by reference": {kept(0, page), otherPageSize(opsFrame(0, pageOp(opReference, 0)...))},
 		"batch over the bound": {opsFrame(0, append(zeroOp(flagZero|flagContinue, maxStream/9),
 			append([]byte{opBytes, 0, 0, 1, 0}, make([]byte, 256)...)...)...)},
+		"page that was not offered":  {opsFrame(0, pageOp(opHeld, 0)...)},
+		"use without an offer":       {useFrame(0, pageOp(opKeep, 0), page)},
+		"use of an offer twice":      {offerFrame(0, content(9)), useFrame(checksum(pageRecord(page)), pageOp(opKeep, 0), page), useFrame(checksum(pageRecord(page)), pageOp(opKeep, 0), page)},
+		"page that was not found":    {offerFrame(0, content(9)), useFrame(0, pageOp(opHeld, 0), nil)},
+		"more than was found":        {offerFrame(0, content(1), content(9)), useFrame(0, append(pageOp(opHeld, 0), pageOp(opHeld, 1)...), nil)},
+		"less than was found":        {offerFrame(0, content(1), content(2)), useFrame(checksum(pageRecord(content(1))), pageOp(opHeld, 0), nil)},
+		"other than was found":       {offerFrame(0, content(1)), useFrame(checksum(pageRecord(content(2))), pageOp(opHeld, 0), nil)},
+		"found for a far slot":       {offerFrame(0, content(1)), useFrame(0, pageOp(opHeld, 1), nil)},
+		"found of another size":      {offerFrame(0, content(1), content(1)), otherPageSize(useFrame(0, pageOp(opHeld, 0), nil))},
+		"found, cut slot":            {offerFrame(0, content(1)), useFrame(0, pageOp(opHeld, 0)[:12], nil)},
+		"offer without number":       {{frameOffer, 0, 0, 0}},
+		"offer of nothing":           {offerFrame(0)},
+		"offer, cut":                 {offerFrame(0, page)[:numberHeader+sumSize-1]},
+		"offer of too much":          {offerFrame(0, slices.Repeat([][]byte{page}, maxOffered+1)...)},
+		"offer out of order":         {offerFrame(1, page)},
+		"offer twice":                {offerFrame(0, page), offerFrame(0, page)},
+		"offers that are never used": tooManyOffers(page),
+		"offer in the tail":          {{frameTail}, offerFrame(0, page)},
+		"offer at the end":           {offerFrame(0, page), endFrame(0)},
+
 		"tail with payload": {{frameTail, 1}},
 		"second tail":       {{frameTail}, {frameTail}},
 		"short end":         {{frameEnd, 0}},
@@ -388,7 +415,7 @@ func otherPageSize(frame []byte) []byte {
 
 // Every prefix of a batch is refused.
 func TestEveryBatchPrefix(t *testing.T) {
-	b := newBatch(coder.Encode)
+	b := newBatch()
 	data := []byte("record")
 	b.addBytes(data)
 	var raw stream
@@ -406,17 +433,25 @@ func TestEveryBatchPrefix(t *testing.T) {
 	raw.page(3, "", next)
 	n, _ := b.tryDelta(content(3), next)
 	b.addDelta(3*testPage|flagPage|flagContinue, 0, 0, n, nil)
-	frame := b.seal(checksum(raw.Bytes()))
+	for i, p := range [][]byte{content(5), content(6)} {
+		raw.page(6+i, "", p)
+		b.addKept(uint64(6+i)*testPage|flagPage|flagContinue, 0, nil, p)
+		b.offer(compress.Sum(p))
+	}
+	b.found = []compress.Origin{compress.OnSeed, compress.Nowhere}
+	frame := sealed(b, checksum(raw.Bytes()))
 	u, err := newUnbatch(1)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer u.close()
 	for n := range frame {
+		u.held = content(5)
 		if _, err := u.decode(frame[:n]); !errors.Is(err, ErrFrame) {
 			t.Fatalf("%d of %d bytes: %v", n, len(frame), err)
 		}
 	}
+	u.held = content(5)
 	got, err := u.decode(frame)
 	if err != nil || !bytes.Equal(got, raw.Bytes()) {
 		t.Fatalf("%d bytes, %v", len(got), err)

@@ -42,12 +42,14 @@
 // On the return path the destination QEMU answers in messages of u16 type,
 // u16 n, n bytes. Type 1 is SHUT with a u32: 0 when the state was loaded.
 //
-// # Frames from Source to Dest, version 2
+// # Frames from Source to Dest, version 3
 //
 //	01 start   u16 version, u32 slots
 //	02 batch   u8 page bits, u32 crc, operations, deltas, contents
 //	03 tail    what follows is the tail
 //	04 end     u64 bytes of the whole stream
+//	05 offer   u32 number, 1 to 66 fingerprints of 16 bytes
+//	06 use     like batch, and ends the oldest offer
 //
 // The first frame is start, the last is end; tail comes at most once. slots is
 // how many pages both sides keep. crc is CRC-32C of the stream bytes that the
@@ -67,15 +69,17 @@
 //	04 keep       u64 w, u32 slot, [block]            the same, and it is kept in the slot
 //	05 reference  u64 w, u32 slot, [block]            the page that the slot has
 //	06 delta      u64 w, u32 slot, u32 base, u16 n, [block]
+//	07 held       u64 w, u32 slot, [block]            the next page that was found of the offer, kept in the slot
 //
 // A delta is the page in the slot base, changed by the next n bytes of the
 // deltas as package compress says; it is kept in the slot. The contents are
-// pages one after the other, and operations use up both.
+// pages one after the other, and operations use up both, and the pages that were
+// found of the offer.
 //
 // # The page store
 //
 // Pages that were sent are kept at both sides, up to a number that the smaller
-// of their limits allows. Operations 04 and 06 write a slot, in the order of the
+// of their limits allows. Operations 04, 06 and 07 write a slot, in the order of the
 // stream, so that at each operation the source knows what each slot of the
 // destination has, without an answer. Which slot that is, and what is replaced
 // when all are in use, is the source's choice alone: the destination has an
@@ -86,9 +90,35 @@
 // An equal page is found by a hash and then compared, byte for byte, so that a
 // reference never stands on a hash.
 //
+// # Pages that the destination holds
+//
+// Half of a guest's memory may be content of its disk, which the destination has
+// already. In the first pass Source offers pages that it would send as they are,
+// by their fingerprints (package compress). Dest has them looked up, keeps those
+// that are found, compared, until they are used, and answers with two bits for
+// each: 0 nowhere, 1 on a disk of the move, 2 in an image there, 3 in an older
+// copy of a disk.
+//
+//	Source                                       Dest
+//	05 offer 0 {a, b}      ────────────────────►
+//	05 offer 1 {c}         ────────────────────► looks a and b up, has b
+//	                       ◄──────────────────── 82 held 0 {0, 1}
+//	06 use {keep a, held}  ────────────────────►
+//	                       ◄──────────────────── 82 held 1 {0}
+//	06 use {keep c}        ────────────────────►
+//
+// An offer is of the pages of one batch, which waits for the answer; so do those
+// behind it, and meanwhile the stream is read on. Offers are numbered from 0, and
+// used in their order. At most 128 are made and not used yet, so that each side
+// keeps at most 33 MiB for them. Nothing is offered in the tail, nor when less
+// than 128 MiB are left of the first pass: QEMU may have stopped the guest then,
+// which would wait for the answer. After 16 MiB of which nothing was found one
+// batch of 16 is offered.
+//
 // # Frames from Dest to Source
 //
 //	81 return  bytes of the return path, at most 65,536
+//	82 held    u32 number, two bits a page, the first the lowest of the first byte
 //
 // Numbers of frames and operations are only appended. A receiver refuses a
 // frame, an operation or a version that it does not know.

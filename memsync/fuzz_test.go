@@ -14,7 +14,7 @@ import (
 )
 
 // draw builds a stream out of what QEMU may send, in any order.
-func draw(t *rapid.T) []byte {
+func draw(t *rapid.T) *stream {
 	s := &stream{}
 	s.header()
 	if rapid.Bool().Draw(t, "configuration") {
@@ -65,7 +65,7 @@ func draw(t *rapid.T) []byte {
 	if rapid.Bool().Draw(t, "description") {
 		s.description()
 	}
-	return s.Bytes()
+	return s
 }
 
 // version is a page of few contents, with few changes.
@@ -79,7 +79,8 @@ func version(t *rapid.T, page int) []byte {
 
 func TestAnyStream(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		data := draw(t)
+		drawn := draw(t)
+		data := drawn.Bytes()
 		understood := true
 		switch rapid.IntRange(0, 5).Draw(t, "harm") {
 		case 0:
@@ -99,7 +100,12 @@ func TestAnyStream(t *testing.T) {
 			sizes = append(sizes, 5000) // one byte at a time is for TestReadSizes
 		}
 		store := rapid.SampledFrom([]int64{0, 1, 1, 2, 3, 10, 1000}).Draw(t, "slots") * storePage
-		c := carryStored(store, data, sizes...)
+		var have searcher
+		if rapid.Bool().Draw(t, "have") {
+			have = newFickle(t, drawn.pages)
+		}
+		above := rapid.SampledFrom([]uint64{0, 0, 100 * testPage, offerAbove}).Draw(t, "offer above")
+		c := carryOffered(store, have, above, data, sizes...)
 		if !bytes.Equal(c.out, data) || c.dest != nil {
 			t.Fatalf("%d bytes became %d, source: %v, destination: %v", len(data), len(c.out), c.src, c.dest)
 		}
@@ -125,6 +131,13 @@ func FuzzSource(f *testing.F) {
 			sizes = []int{int(size)}
 		}
 		carry(bytes.Clone(data), sizes...).check(t, data)
+		have := pages{}
+		for at := 0; at+testPage <= len(data); at++ { // whatever is taken for a page
+			if binary.BigEndian.Uint64(data[max(0, at-8):])&flagPage != 0 {
+				have.add(data[at : at+testPage])
+			}
+		}
+		carryOffered(100*storePage, have, 0, bytes.Clone(data), sizes...).check(t, data)
 	})
 }
 
@@ -144,11 +157,13 @@ func FuzzDest(f *testing.F) {
 	f.Add(pack(startFrame, kept(0, content(1)), opsFrame(0, pageOp(opReference, 0)...), kept(1, content(2)),
 		sectionsFrame(0, deltaOp(2, 1, 3), []byte("\x09\x01\x01"), nil), opsFrame(0, pageOp(opReference, 2)...)))
 	f.Add(pack([]byte{frameTail}))
+	f.Add(pack(startFrame, offerFrame(0, content(1), content(9), content(2)), offerFrame(1, content(9)),
+		useFrame(0, slices.Concat(pageOp(opHeld, 0), pageOp(opReference, 0), pageOp(opHeld, 1)), nil), useFrame(0, pageOp(opKeep, 2), content(9))))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		frames, qemu := newChannel(), newSink()
-		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Dial: dialTo(qemu), Gate: open, Store: testSlots * storePage})
+		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Dial: dialTo(qemu), Gate: open, Store: testSlots * storePage, Have: somePages})
 		var wg sync.WaitGroup
 		wg.Go(func() { d.Run(ctx); cancel() })
 		shadow, err := newUnbatch(testSlots)
@@ -156,9 +171,10 @@ func FuzzDest(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer shadow.close()
+		offers := newOffers(somePages, nil)
 		for len(data) >= 2 {
 			n := min(int(binary.BigEndian.Uint16(data)), len(data)-2)
-			frames.Send(ctx, withChecksum(shadow, data[2:2+n]))
+			frames.Send(ctx, withChecksum(shadow, offers, data[2:2+n]))
 			data = data[2+n:]
 		}
 		frames.closeSend()
@@ -213,10 +229,20 @@ func FuzzBatch(f *testing.F) {
 	})
 }
 
-// withChecksum seals a batch; shadow has the page store of those before it.
-func withChecksum(shadow *unbatch, frame []byte) []byte {
-	if len(frame) < batchHeader || frame[0] != frameBatch {
+// withChecksum seals a batch; shadow has the page store of those before it, and
+// offers those that are open.
+func withChecksum(shadow *unbatch, offers *offers, frame []byte) []byte {
+	if len(frame) > 0 && frame[0] == frameOffer && offers.take(frame) == nil {
+		x := <-offers.asked
+		offers.search(context.Background(), x)
+		close(x.done)
+	}
+	if len(frame) < batchHeader || frame[0] != frameBatch && frame[0] != frameUse {
 		return frame
+	}
+	shadow.held = nil
+	if frame[0] == frameUse {
+		shadow.held, _ = offers.use(context.Background())
 	}
 	frame = bytes.Clone(frame)
 	shadow.decode(frame)

@@ -103,7 +103,7 @@ func BenchmarkCaptured(b *testing.B) {
 		b.Fatal(err)
 	}
 	twice, second := sentTwice(b, data)
-	pages := encodeGuest(b, data, 0, coder.Encode, drop{}, nil).Pages
+	pages := encodeGuest(b, data, 0, coder.Encode, newOracle(compress.Nowhere, nil), nil).Pages
 	if pages*storePage < 128<<20 {
 		b.Fatalf("only %d pages have content", pages)
 	}
@@ -112,17 +112,24 @@ func BenchmarkCaptured(b *testing.B) {
 		data   []byte
 		begin  int // where what counts begins
 		encode encoder
+		found  compress.Origin // what is offered
 	}{
-		{"new", data, 0, coder.Encode},
-		{"new, fastest level", data, 0, fastest(b)},
-		{"known", twice, second, coder.Encode},
+		{"new", data, 0, coder.Encode, compress.Nowhere},
+		{"new, fastest level", data, 0, fastest(b), compress.Nowhere},
+		{"on disk", data, 0, coder.Encode, compress.OnDisk},
+		{"known", twice, second, coder.Encode, compress.Nowhere},
 	} {
 		b.Run(c.name+"/encode", func(b *testing.B) {
-			measure(b, pages*storePage, func(begin func()) { encodeGuest(b, c.data, c.begin, c.encode, drop{}, begin) })
+			measure(b, pages*storePage, func(begin func()) {
+				encodeGuest(b, c.data, c.begin, c.encode, newOracle(c.found, nil), begin)
+			})
 		})
+		if c.found != compress.Nowhere {
+			continue // what is decoded then is not in the frames
+		}
 		b.Run(c.name+"/decode", func(b *testing.B) {
 			var k keep
-			st := encodeGuest(b, c.data, 0, c.encode, &k, nil)
+			st := encodeGuest(b, c.data, 0, c.encode, newOracle(c.found, &k), nil)
 			measure(b, pages*storePage, func(begin func()) { decodeGuest(b, k.frames, c.begin, begin) })
 			b.ReportMetric(float64(st.WireBytes)/float64(st.StreamBytes), "wire/stream")
 		})
@@ -175,9 +182,9 @@ func fastest(tb testing.TB) encoder {
 
 // encodeGuest takes a stream through a Source, and calls begin when it has read
 // up to a place.
-func encodeGuest(tb testing.TB, data []byte, at int, e encoder, frames frameWriter, begin func()) Stats {
-	s := NewSource(SourceConfig{QEMU: &from{script{data: data}, at, begin}, Frames: frames, Return: drop{}, Store: guestStore})
-	s.batch.encode = e
+func encodeGuest(tb testing.TB, data []byte, at int, e encoder, o *oracle, begin func()) Stats {
+	s := NewSource(SourceConfig{QEMU: &from{script{data: data}, at, begin}, Frames: o, Return: o, Store: guestStore})
+	s.pipeline.press.encode = e
 	if err := s.Run(context.Background()); err != nil {
 		tb.Fatal(err)
 	}
@@ -193,7 +200,7 @@ func decodeGuest(tb testing.TB, frames [][]byte, at int, begin func()) {
 	defer u.close()
 	n := 0
 	for _, f := range frames {
-		if f[0] != frameBatch {
+		if f[0] != frameBatch && f[0] != frameUse {
 			continue
 		}
 		if n >= at && begin != nil {

@@ -250,12 +250,17 @@ func (s *Source) place(ctx context.Context, word uint64, more int) (b []byte, he
 	return b, head, nil
 }
 
-// seen counts a page of the current block.
-func (s *Source) seen(word uint64, count *uint64) {
+// seen counts a page of the current block, and tells whether it is the first
+// time.
+func (s *Source) seen(word uint64, count *uint64) bool {
 	*count++
-	if s.current.see(word >> s.pageBits) {
+	first := s.current.see(word >> s.pageBits)
+	s.again++
+	if first {
 		s.stats.UnseenPages--
+		s.again = 0
 	}
+	return first
 }
 
 func (s *Source) zeroPage(ctx context.Context, word uint64) error {
@@ -281,14 +286,14 @@ func (s *Source) page(ctx context.Context, word uint64) error {
 	if err != nil {
 		return err
 	}
-	s.seen(word, &s.stats.Pages)
+	first := s.seen(word, &s.stats.Pages)
 	if s.in.sent > s.in.rec {
 		return s.pass(ctx, head+size)
 	}
 	if err := s.room(ctx, head+size); err != nil {
 		return err
 	}
-	s.reduce(word, b[8:head], b[head:])
+	s.reduce(word, b[8:head], b[head:], first && s.batch.asks && s.mayWait())
 	s.step(head + size)
 	return nil
 }

@@ -1,5 +1,7 @@
 package memsync
 
+import "github.com/wanmig/wanmig/compress"
+
 // openStore takes the memory of the page store.
 func (s *Source) openStore() error {
 	slots := slotsIn(s.cfg.Store)
@@ -23,8 +25,9 @@ func (s *Source) closeStore() error {
 
 // reduce puts a page of the current block into the batch: as a reference to
 // equal content in the page store, or as a delta against its own last content,
-// or as it is. What is not referred to is kept in the store.
-func (s *Source) reduce(word uint64, block, page []byte) {
+// or as it is. What is not referred to is kept in the store. A page that would
+// be sent as it is can be offered before.
+func (s *Source) reduce(word uint64, block, page []byte, mayOffer bool) {
 	x := s.index
 	if x == nil || s.pageBits != storeBits {
 		s.batch.addPage(word, block, page)
@@ -53,6 +56,9 @@ func (s *Source) reduce(word uint64, block, page []byte) {
 		s.batch.addDelta(word, slot, base, length, block)
 	} else {
 		s.batch.addKept(word, slot, block, page)
+		if mayOffer {
+			s.batch.offer(compress.Sum(page))
+		}
 	}
 	x.insert(slot, owner, tag, page)
 	*last = slot + 1

@@ -7,14 +7,18 @@ import (
 	"testing"
 
 	"pgregory.net/rapid"
+
+	"github.com/wanmig/wanmig/compress"
 )
 
 // reducer is a Source past the beginning of its stream, and the decoder of its
 // batches.
 type reducer struct {
 	*Source
-	in     *unbatch
-	stream []byte // of the open batch
+	in      *unbatch
+	stream  []byte // of the open batch
+	offers  bool
+	offered [][]byte // pages of the open batch
 }
 
 func newReducer(t testing.TB, slots uint32, pages uint64) *reducer {
@@ -28,6 +32,7 @@ func newReducer(t testing.TB, slots uint32, pages uint64) *reducer {
 		t.Fatal(err)
 	}
 	r.current = newBlock(pages, 0)
+	r.batch = newBatch()
 	return r
 }
 
@@ -36,7 +41,22 @@ func (r *reducer) close() { r.closeStore(); r.in.close() }
 func (r *reducer) add(page uint64, p []byte) {
 	word := page<<storeBits | flagPage | flagContinue
 	r.stream = append(binary.BigEndian.AppendUint64(r.stream, word), p...)
-	r.reduce(word, nil, p)
+	before := len(r.batch.offered)
+	r.reduce(word, nil, p, r.offers && r.current.see(page))
+	if len(r.batch.offered) > before {
+		r.offered = append(r.offered, p)
+	}
+}
+
+// answer tells where what is offered of the open batch is found.
+func (r *reducer) answer(origin func(i int) compress.Origin) {
+	for i, p := range r.offered {
+		r.batch.found = append(r.batch.found, origin(i))
+		if r.batch.found[i] != compress.Nowhere {
+			r.in.held = append(r.in.held, p...)
+		}
+	}
+	r.offered = r.offered[:0]
 }
 
 // carry takes the open batch to the decoder.
@@ -44,11 +64,13 @@ func (r *reducer) carry(t interface{ Fatalf(string, ...any) }) {
 	if len(r.stream) == 0 {
 		return
 	}
-	got, err := r.in.decode(r.batch.seal(crc32.Checksum(r.stream, castagnoli)))
+	r.batch.crc = crc32.Checksum(r.stream, castagnoli)
+	got, err := r.in.decode(r.pipeline.press.seal(r.batch))
 	if err != nil || !bytes.Equal(got, r.stream) {
 		t.Fatalf("%d bytes became %d: %v", len(r.stream), len(got), err)
 	}
 	r.stream = r.stream[:0]
+	r.batch.reset()
 }
 
 // check compares the stores of both sides and looks at the index.
@@ -82,11 +104,15 @@ func TestStoresStayEqual(t *testing.T) {
 	rapid.Check(t, func(t2 *rapid.T) {
 		r := newReducer(t, uint32(rapid.IntRange(1, 12).Draw(t2, "slots")), 16)
 		defer r.close()
+		r.offers = rapid.Bool().Draw(t2, "offers")
 		for range rapid.IntRange(1, 8).Draw(t2, "batches") {
 			for range rapid.IntRange(0, 20).Draw(t2, "pages") {
 				page := rapid.IntRange(0, 15).Draw(t2, "page")
 				r.add(uint64(page), version(t2, page))
 			}
+			r.answer(func(int) compress.Origin {
+				return compress.Origin(rapid.IntRange(0, 3).Draw(t2, "origin"))
+			})
 			r.carry(t2)
 			r.check(t2)
 		}
@@ -103,14 +129,14 @@ func TestKinds(t *testing.T) {
 		}
 		return p
 	}
-	expect := func(what string, zero, reference, delta, data uint64) {
+	expect := func(what string, zero, reference, delta, data uint64, held ...uint64) {
 		t.Helper()
 		r.carry(t)
 		r.check(t)
-		got := r.batch.counts
-		r.batch.counts = Reduction{}
-		want := [...]uint64{zero, reference, delta, data}
-		for k, pages := range want {
+		got := r.pipeline.press.counts
+		r.pipeline.press.counts = Reduction{}
+		want := append([]uint64{zero, reference, delta, data}, held...)
+		for k, pages := range append(want, make([]uint64, int(kindOther)-len(want))...) {
 			c := got.of(kind(k))
 			if c.Pages != pages || c.StreamBytes != pages*(8+storePage) || (c.WireBytes == 0) != (pages == 0) {
 				t.Errorf("%s: kind %d: %+v, want %d pages", what, k, *c, pages)
@@ -140,6 +166,17 @@ func TestKinds(t *testing.T) {
 	}
 	r.add(3, content(1000))
 	expect("new content", 0, 0, 0, 1)
+
+	r.offers = true
+	for i := range uint64(8) {
+		r.add(70+i, content(2000+i))
+	}
+	r.add(78, content(2001))
+	r.answer(func(i int) compress.Origin { return compress.Origin(i % 4) })
+	expect("offered", 0, 1, 0, 2, 2, 2, 2)
+	r.add(71, changed(2001, 3))
+	r.add(72, content(2005))
+	expect("what was found is known", 0, 1, 1, 0)
 }
 
 // A store that is too small for the guest keeps what is of use.
@@ -153,7 +190,7 @@ func TestSecondChance(t *testing.T) {
 		r.carry(t)
 	}
 	r.check(t)
-	if c := r.batch.counts; c.Reference.Pages != 900-hot || c.Data.Pages != 900+hot {
+	if c := r.pipeline.press.counts; c.Reference.Pages != 900-hot || c.Data.Pages != 900+hot {
 		t.Errorf("%+v, want all but the first %d of the hot pages by reference", c, hot)
 	}
 }

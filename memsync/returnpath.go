@@ -63,6 +63,8 @@ func (m *messages) loaded() bool { return m.shut && m.status == 0 }
 
 // answers writes the return path of the source QEMU.
 type answers struct {
+	held func(body []byte) error // takes an answer to an offer
+
 	mu     sync.Mutex
 	qemu   io.Writer
 	seen   messages
@@ -83,10 +85,16 @@ func (a *answers) run(ctx context.Context, frames frameReader) error {
 			return err
 		}
 		buf = frame
-		if len(frame) < 2 || len(frame) > 1+maxReturn || frame[0] != frameReturn {
+		switch {
+		case len(frame) > 0 && frame[0] == frameHeld:
+			if err := a.held(frame[1:]); err != nil {
+				return err
+			}
+		case len(frame) < 2 || len(frame) > 1+maxReturn || frame[0] != frameReturn:
 			return fmt.Errorf("%w: %d bytes on the return path", ErrFrame, len(frame))
+		default:
+			a.relay(frame[1:])
 		}
-		a.relay(frame[1:])
 	}
 }
 

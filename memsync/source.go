@@ -10,17 +10,11 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"github.com/wanmig/wanmig/compress"
 )
 
 // ErrAborted is returned when the source QEMU closed its end before the stream
 // was complete: the migration was cancelled or failed there.
 var ErrAborted = errors.New("source QEMU closed the RAM stream before its end: the migration was cancelled or failed, see its log")
-
-// mayEncode is which part of the time may go into encoding. Batches are encoded
-// and sent in turn: meanwhile the link has little more than what it has queued.
-const mayEncode = 0.5
 
 // errForeign is returned by the parser where the stream is not understood.
 var errForeign = errors.New("stream not understood")
@@ -66,13 +60,14 @@ type Source struct {
 	answers answers
 	timer   *time.Timer
 
-	in      input
-	batch   batch
-	encoder *compress.Encoder
-	index   *index // nil without a page store
-	crc     uint32 // of the batch's stream bytes up to in.summed
-	started bool
-	ended   atomic.Bool
+	in         input
+	batch      *batch
+	pipeline   *pipeline
+	offerAbove uint64 // bytes of the first pass
+	again      int    // pages in a row that were sent before
+	index      *index // nil without a page store
+	crc        uint32 // of the batch's stream bytes up to in.summed
+	ended      atomic.Bool
 
 	ramID          uint32
 	hasRAM         bool
@@ -89,17 +84,17 @@ type Source struct {
 
 // NewSource returns a Source whose Run has yet to be called, once.
 func NewSource(cfg SourceConfig) *Source {
-	encoder := compress.NewEncoder(mayEncode)
 	s := &Source{
-		cfg:      cfg,
-		encoder:  encoder,
-		reader:   newReader(cfg.QEMU, cfg.Pace),
-		answers:  answers{qemu: cfg.QEMU},
-		timer:    time.NewTimer(time.Hour),
-		in:       input{buf: make([]byte, inputSize)},
-		batch:    newBatch(encoder.Encode),
-		pageBits: defaultPageBits,
+		cfg:        cfg,
+		reader:     newReader(cfg.QEMU, cfg.Pace),
+		answers:    answers{qemu: cfg.QEMU},
+		timer:      time.NewTimer(time.Hour),
+		in:         input{buf: make([]byte, inputSize)},
+		pipeline:   newPipeline(cfg.Frames, slotsIn(cfg.Store)),
+		offerAbove: offerAbove,
+		pageBits:   defaultPageBits,
 	}
+	s.answers.held = s.pipeline.held
 	s.timer.Stop()
 	return s
 }
@@ -108,7 +103,9 @@ func NewSource(cfg SourceConfig) *Source {
 func (s *Source) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.published
+	st := s.published
+	st.WireBytes, st.Reduction = s.pipeline.totals()
+	return st
 }
 
 // Opaque tells whether the stream was not understood before its RAM section
@@ -118,7 +115,6 @@ func (s *Source) Opaque() bool { return s.Stats().Opaque }
 
 func (s *Source) publish() {
 	s.stats.PageSize = 1 << s.pageBits
-	s.stats.Reduction = s.batch.counts
 	s.mu.Lock()
 	s.published = s.stats
 	s.mu.Unlock()
@@ -141,6 +137,7 @@ func (s *Source) Run(ctx context.Context) error {
 			cancel(fmt.Errorf("receive return path from the destination: %w", err))
 		}
 	})
+	wg.Go(func() { cancel(s.pipeline.run(ctx)) })
 	err := s.openStore()
 	if err == nil {
 		err = s.stream(ctx)
@@ -155,7 +152,11 @@ func (s *Source) Run(ctx context.Context) error {
 }
 
 func (s *Source) stream(ctx context.Context) error {
-	err := s.structure(ctx)
+	var err error
+	if s.batch, err = s.pipeline.next(ctx, s.pageBits); err != nil {
+		return err
+	}
+	err = s.structure(ctx)
 	switch {
 	case err == nil:
 		err = s.tail(ctx)
@@ -174,10 +175,10 @@ func (s *Source) tail(ctx context.Context) error {
 	if s.cfg.OnTail != nil {
 		s.cfg.OnTail()
 	}
-	if err := s.flush(ctx); err != nil {
+	if err := s.drain(ctx); err != nil {
 		return err
 	}
-	if err := s.send(ctx, []byte{frameTail}); err != nil {
+	if err := s.pipeline.send(ctx, []byte{frameTail}); err != nil {
 		return err
 	}
 	return s.passThrough(ctx)
@@ -226,14 +227,14 @@ func (s *Source) finish(ctx context.Context, err error) error {
 	if err := s.emit(ctx, s.in.end); err != nil {
 		return err
 	}
-	if err := s.flush(ctx); err != nil {
+	if err := s.drain(ctx); err != nil {
 		return err
 	}
 	if !s.complete() {
 		return fmt.Errorf("%w (after %d bytes: %w)", ErrAborted, s.stats.StreamBytes, closed)
 	}
 	s.ended.Store(true)
-	return s.send(ctx, binary.BigEndian.AppendUint64([]byte{frameEnd}, s.stats.StreamBytes))
+	return s.pipeline.send(ctx, binary.BigEndian.AppendUint64([]byte{frameEnd}, s.stats.StreamBytes))
 }
 
 // complete tells whether QEMU closed its socket at the end of the stream
@@ -278,33 +279,55 @@ func (s *Source) sum() {
 	s.in.summed = s.in.sent
 }
 
-// flush sends the batch, if there is anything in it.
-func (s *Source) flush(ctx context.Context) error {
-	if s.batch.stream == 0 {
-		return nil
-	}
-	s.sum()
-	s.encoder.Hurry(s.stats.UnseenPages == 0) // the guest may be stopped any time
-	frame := s.batch.seal(s.crc)
-	s.crc = 0
-	return s.send(ctx, frame)
+// mayWait tells whether batches may wait for answers: the stop must be far, as
+// what waits would then be downtime, and QEMU must not see a link that is faster
+// than it is.
+func (s *Source) mayWait() bool {
+	return s.index != nil && s.pageBits == storeBits && !s.stats.Tail && !s.stats.Opaque &&
+		s.stats.UnseenPages<<s.pageBits > s.offerAbove && s.again < laterRound
 }
 
-func (s *Source) send(ctx context.Context, frame []byte) error {
-	if !s.started {
-		s.started = true
-		start := binary.BigEndian.AppendUint16([]byte{frameStart}, Version)
-		start = binary.BigEndian.AppendUint32(start, slotsIn(s.cfg.Store))
-		if err := s.send(ctx, start); err != nil {
+// flush sends the batch, if there is anything in it.
+func (s *Source) flush(ctx context.Context) error {
+	switch {
+	case s.batch.stream == 0:
+		return nil
+	case s.mayWait():
+		return s.put(ctx)
+	}
+	return s.drain(ctx)
+}
+
+// drain returns when the batch and all before it are sent.
+func (s *Source) drain(ctx context.Context) error {
+	b := s.batch
+	b.awaited = true
+	if err := s.put(ctx); err != nil {
+		return err
+	}
+	select {
+	case <-b.sent:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// put passes the batch to the pipeline and begins another.
+func (s *Source) put(ctx context.Context) error {
+	s.sum()
+	s.batch.crc, s.crc = s.crc, 0
+	s.batch.hurry = s.stats.UnseenPages == 0
+	if s.batch.stream > 0 {
+		if err := s.pipeline.begin(ctx); err != nil {
 			return err
 		}
 	}
-	begun := time.Now()
-	if err := s.cfg.Frames.Send(ctx, frame); err != nil {
-		return fmt.Errorf("send memory frame: %w", err)
+	if err := s.pipeline.put(ctx, s.batch); err != nil {
+		return err
 	}
-	s.encoder.Sent(time.Since(begun))
-	s.stats.WireBytes += uint64(len(frame))
 	s.publish()
-	return nil
+	var err error
+	s.batch, err = s.pipeline.next(ctx, s.pageBits)
+	return err
 }

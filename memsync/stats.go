@@ -34,12 +34,16 @@ func (c *Count) add(d Count) {
 }
 
 // Reduction says as what the pages of a stream were sent. Pages that QEMU has
-// encoded itself, or that a silence of QEMU cut in two, are not in it.
+// encoded itself, or that a silence of QEMU cut in two, are not in it. What an
+// offer took is counted with the pages that were offered.
 type Reduction struct {
 	Zero      Count // pages of zeros
 	Reference Count // pages equal to one that the destination has in its page store
 	Delta     Count // changes against a page that the destination has in its page store
 	Data      Count // pages, compressed where that helps
+	Disk      Count // pages that the destination found on a disk of the move
+	Seed      Count // pages that it found in an image there
+	Old       Count // pages that it found in an older copy of a disk
 }
 
 // kind is a kind of operation.
@@ -50,12 +54,16 @@ const (
 	kindReference
 	kindDelta
 	kindData
+	kindDisk // these three in the order of compress.Origin
+	kindSeed
+	kindOld
 	kindOther // not a page
 	kinds
 )
 
 func (r *Reduction) of(k kind) *Count {
-	return [...]*Count{kindZero: &r.Zero, kindReference: &r.Reference, kindDelta: &r.Delta, kindData: &r.Data}[k]
+	return [...]*Count{kindZero: &r.Zero, kindReference: &r.Reference, kindDelta: &r.Delta, kindData: &r.Data,
+		kindDisk: &r.Disk, kindSeed: &r.Seed, kindOld: &r.Old}[k]
 }
 
 const seenChunk = 1 << 15 // pages

@@ -15,7 +15,10 @@ import (
 )
 
 // stream builds a migration stream as QEMU would write it.
-type stream struct{ bytes.Buffer }
+type stream struct {
+	bytes.Buffer
+	pages [][]byte // that were written
+}
 
 func (s *stream) u8(v ...byte)   { s.Write(v) }
 func (s *stream) u16(v uint16)   { s.Write(binary.BigEndian.AppendUint16(nil, v)) }
@@ -99,6 +102,7 @@ func (s *stream) zero(page int, block string) {
 func (s *stream) page(page int, block string, data []byte) {
 	s.at(page, flagPage, block)
 	s.Write(data)
+	s.pages = append(s.pages, data)
 }
 
 func (s *stream) ramEnd() {
@@ -313,11 +317,14 @@ type carried struct {
 // tap notes the types of the frames that pass.
 type tap struct {
 	*channel
+	mu    sync.Mutex
 	kinds []byte
 }
 
 func (t *tap) Send(ctx context.Context, frame []byte) error {
+	t.mu.Lock()
 	t.kinds = append(t.kinds, frame[0])
+	t.mu.Unlock()
 	return t.channel.Send(ctx, frame)
 }
 
@@ -327,6 +334,12 @@ func carry(data []byte, sizes ...int) carried { return carryStored(100*storePage
 
 // carryStored is carry with a page store of so many bytes.
 func carryStored(store int64, data []byte, sizes ...int) carried {
+	return carryOffered(store, nil, offerAbove, data, sizes...)
+}
+
+// carryOffered is carryStored with what the destination holds, and offers as
+// long as more than above bytes are left of the first pass.
+func carryOffered(store int64, have searcher, above uint64, data []byte, sizes ...int) carried {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	frames, returns, qemu := &tap{channel: newChannel()}, newChannel(), newSink()
@@ -335,9 +348,14 @@ func carryStored(store int64, data []byte, sizes ...int) carried {
 		QEMU: &script{data: data, sizes: sizes}, Frames: frames, Return: returns,
 		OnTail: func() { c.tails++ }, Store: store,
 	})
-	dest := NewDest(DestConfig{Frames: frames, Return: returns, Dial: dialTo(qemu), Gate: open, Store: store})
+	c.source.offerAbove = above
+	dest := NewDest(DestConfig{Frames: frames, Return: returns, Dial: dialTo(qemu), Gate: open, Store: store, Have: have})
 	var wg sync.WaitGroup
-	wg.Go(func() { c.dest = dest.Run(ctx) })
+	wg.Go(func() {
+		if c.dest = dest.Run(ctx); c.dest != nil {
+			cancel()
+		}
+	})
 	c.src = c.source.Run(ctx)
 	frames.closeSend()
 	wg.Wait()

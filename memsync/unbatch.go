@@ -16,6 +16,7 @@ type unbatch struct {
 	decoded  [sections][]byte // of the current batch, their memory used again
 	rest     [sections][]byte // what is left of them
 	pageSize int              // in the current batch
+	held     []byte           // what is left of the pages that were found for it
 	out      []byte
 }
 
@@ -51,7 +52,7 @@ func (u *unbatch) decode(frame []byte) ([]byte, error) {
 			return nil, err
 		}
 	}
-	if n := len(u.rest[sectionDeltas]) + len(u.rest[sectionContents]); n > 0 || len(u.out) == 0 {
+	if n := len(u.rest[sectionDeltas]) + len(u.rest[sectionContents]) + len(u.held); n > 0 || len(u.out) == 0 {
 		return nil, fmt.Errorf("%w: batch of %d stream bytes, %d bytes belong to no operation", ErrFrame, len(u.out), n)
 	}
 	if crc := crc32.Checksum(u.out, castagnoli); crc != binary.BigEndian.Uint32(frame[2:]) {
@@ -102,7 +103,7 @@ func (u *unbatch) expand() error {
 		return u.expandZero()
 	case opPage:
 		return u.expandPage(op, pageOverhead)
-	case opKeep, opReference:
+	case opKeep, opReference, opHeld:
 		return u.expandPage(op, keepOverhead)
 	case opDelta:
 		return u.expandPage(op, deltaOverhead)
@@ -192,11 +193,21 @@ func (u *unbatch) expandStored(op byte, head []byte) error {
 	if !u.store.takes(slot) {
 		return fmt.Errorf("%w: page for slot %d, %d of %d are filled", ErrFrame, slot, u.store.filled, u.store.slots)
 	}
-	if op == opKeep {
+	switch op {
+	case opKeep:
 		page, err := u.take(op, sectionContents, storePage)
 		if err != nil {
 			return err
 		}
+		u.out = append(u.out, page...)
+		u.store.put(slot, page)
+		return nil
+	case opHeld:
+		if len(u.held) == 0 {
+			return fmt.Errorf("%w: a page that was not found is used", ErrFrame)
+		}
+		page := u.held[:storePage]
+		u.held = u.held[storePage:]
 		u.out = append(u.out, page...)
 		u.store.put(slot, page)
 		return nil

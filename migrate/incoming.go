@@ -479,7 +479,7 @@ func (in *incoming) receiveMemory(ctx context.Context, ch *tunnel.Channel) error
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", in.ramPath)
 	}
-	return memsync.NewDest(memsync.DestConfig{Frames: ch, Return: ch, Dial: dial, Gate: in.awaitDurable, Store: in.PageStore}).Run(ctx)
+	return memsync.NewDest(memsync.DestConfig{Frames: ch, Return: ch, Dial: dial, Gate: in.awaitDurable, Store: in.PageStore, Have: in.have}).Run(ctx)
 }
 
 // accept makes the guest ours and lets it run. Nothing but libvirt's own failure

@@ -97,7 +97,8 @@ func memoryReduction(r memsync.Reduction, pageSize uint64) *MemoryReduction {
 	of := func(c memsync.Count) Reduced {
 		return Reduced{Pages: int64(c.Pages), Bytes: int64(c.Pages * pageSize), Wire: int64(c.WireBytes)}
 	}
-	m := MemoryReduction{Zero: of(r.Zero), Reference: of(r.Reference), Delta: of(r.Delta), Data: of(r.Data)}
+	m := MemoryReduction{Zero: of(r.Zero), Reference: of(r.Reference),
+		Disk: of(r.Disk), Seed: of(r.Seed), Old: of(r.Old), Delta: of(r.Delta), Data: of(r.Data)}
 	if m == (MemoryReduction{}) {
 		return nil
 	}

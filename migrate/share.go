@@ -5,7 +5,8 @@ import "time"
 // load is what competes for the link at one moment.
 type load struct {
 	DiskPending   int64   // bytes in the outboxes
-	DiskPeak      int64   // the most that was in them since memory began
+	DiskPeak      int64   // bytes in them when memory began
+	DiskSent      int64   // bytes that have left them since
 	DiskRate      float64 // bytes per second leaving them
 	FirstPassLeft int64   // bytes of RAM not yet seen in the first pass
 	RoundLeft     int64   // bytes of RAM that QEMU has still to send in this pass, by its own account
@@ -13,6 +14,10 @@ type load struct {
 }
 
 const (
+	// bulkTime and bulkFloor are a backlog that is not the bulk of the disks any
+	// more: what it takes half a second to send, or so many bytes.
+	bulkTime  = 500 * time.Millisecond
+	bulkFloor = 8 << 20
 	// ahead is how much further memory's first pass may be than the disks.
 	ahead = 0.10
 	// backlogGoal is how long the disk backlog may take to drain when the guest
@@ -35,8 +40,12 @@ const (
 //
 // The order in which a link carries disks and memory does not change when it
 // has carried both, but it changes what is sent twice: memory that goes early
-// is dirtied again. So the first pass keeps step with the disks, and ends
-// after them; a later round ends only while the backlog fits the downtime.
+// is dirtied again, and what of it stands on the disks is found at the destination
+// only when they are there. So the first pass begins when the bulk of the disks
+// has crossed, and ends after them; a later round ends only while the backlog
+// fits the downtime. Where the guest writes its disks all the time, the backlog
+// may never be small: when as much has crossed as there was at the beginning, the
+// first pass keeps step with the disks.
 func memoryMayRead(l load) bool {
 	if l.RAM == 0 {
 		return true // the stream's header: what memory there is comes with it
@@ -50,7 +59,13 @@ func memoryMayRead(l load) bool {
 		return l.RoundLeft > roundTail
 	}
 	tail := min(int64(tailBytes), l.RAM)
-	if l.FirstPassLeft <= tail || l.DiskPeak == 0 {
+	if l.FirstPassLeft <= tail {
+		return false
+	}
+	if l.DiskPending <= max(bulkFloor, int64(l.DiskRate*bulkTime.Seconds())) {
+		return true
+	}
+	if l.DiskPeak == 0 || l.DiskSent < l.DiskPeak {
 		return false
 	}
 	disk := 1 - float64(l.DiskPending)/float64(max(l.DiskPeak, l.DiskPending))

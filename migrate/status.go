@@ -105,6 +105,9 @@ type Memory struct {
 type MemoryReduction struct {
 	Zero      Reduced `json:"zero"`      // pages of zeros
 	Reference Reduced `json:"reference"` // pages equal to one sent before
+	Disk      Reduced `json:"disk"`      // pages that the destination found on a disk of the move
+	Seed      Reduced `json:"seed"`      // pages that it found in an image of its operator
+	Old       Reduced `json:"old"`       // pages that it found in an older copy of a disk
 	Delta     Reduced `json:"delta"`     // changes to a page sent before
 	Data      Reduced `json:"data"`      // pages, compressed where that helps
 }

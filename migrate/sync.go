@@ -40,7 +40,8 @@ type syncer struct {
 	stopAt    atomic.Int64 // Unix nanoseconds of the guest's stop, 0 while it runs
 	diskRate  atomic.Int64 // bytes per second leaving the outboxes
 	roundLeft atomic.Int64 // of this pass, as QEMU last told
-	peak      atomic.Int64 // the most that was in the outboxes since memory began
+	peak      atomic.Int64 // what was in the outboxes when memory began
+	sent      atomic.Int64 // what had left them then
 }
 
 type outgoingDisk struct {
@@ -173,7 +174,9 @@ func (sy *syncer) stream(l net.Listener, ch *tunnel.Channel) error {
 		return memsync.ErrAborted // Perform ended before memory began, and says why
 	}
 	l.Close()
-	sy.notePeak()
+	pending, sent := sy.outboxes()
+	sy.peak.Store(pending)
+	sy.sent.Store(sent)
 	for _, d := range sy.disks {
 		d.outbox.Covered() // libvirt begins with memory when every mirror has caught up
 	}
@@ -260,7 +263,8 @@ func (sy *syncer) memoryStats() memsync.Stats {
 
 func (sy *syncer) load() load {
 	m := sy.memoryStats()
-	return load{DiskPending: sy.pending(), DiskPeak: sy.peak.Load(), DiskRate: float64(sy.diskRate.Load()),
+	pending, sent := sy.outboxes()
+	return load{DiskPending: pending, DiskPeak: sy.peak.Load(), DiskSent: sent - sy.sent.Load(), DiskRate: float64(sy.diskRate.Load()),
 		FirstPassLeft: int64(m.UnseenPages * m.PageSize), RoundLeft: sy.roundLeft.Load(), RAM: int64(m.RAMBytes)}
 }
 
@@ -278,16 +282,15 @@ func (sy *syncer) verified() *Verified {
 	return v
 }
 
-// pending is what the outboxes hold.
-func (sy *syncer) pending() int64 {
-	var n int64
+// outboxes tells how much content they hold, and how much has left them.
+func (sy *syncer) outboxes() (pending, sent int64) {
 	for _, d := range sy.disks {
-		n += d.outbox.Stats().Pending()
+		st := d.outbox.Stats()
+		pending += st.Pending()
+		sent += st.SentData + st.Held
 	}
-	return n
+	return pending, sent
 }
-
-func (sy *syncer) notePeak() { sy.peak.Store(max(sy.peak.Load(), sy.pending())) }
 
 // event learns of the guest's stop.
 func (sy *syncer) event(ev hypervisor.Event) {

@@ -115,7 +115,8 @@ func reduced(r *migrate.Reduction) string {
 		return unless(p.Pages == 0, size(p.Bytes)+" "+what+" in "+size(p.Wire))
 	}
 	m := r.Memory
-	return join(", ", part("zero", m.Zero), part("known", m.Reference), part("changed", m.Delta), part("new", m.Data))
+	return join(", ", part("zero", m.Zero), part("known", m.Reference), part("on disk", m.Disk), part("in an image", m.Seed),
+		part("in an older copy", m.Old), part("changed", m.Delta), part("new", m.Data))
 }
 
 // reducedDisks tells as what the disks were sent.

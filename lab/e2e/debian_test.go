@@ -39,6 +39,12 @@ func TestDebianGuest(t *testing.T) {
 	r := w.move(lab.LocalDC, v.Name, lab.RemoteDC, "--paused", "--keep-source", "--address", v.MAC+"="+v.Address.String())
 	fmt.Printf("  moved in %.1f s, %.1f MiB sent for %.1f MiB of disks and %.1f MiB of memory\n", float64(r.TotalMS)/1000,
 		float64(r.WireBytesSent)/(1<<20), float64(r.DiskBytes)/(1<<20), float64(r.MemoryBytes)/(1<<20))
+	m := r.Reduction.Memory
+	fmt.Printf("  of memory %.1f MiB are known, %.1f MiB are on disk, %.1f MiB were sent in %.1f MiB\n", float64(m.Reference.Bytes)/(1<<20),
+		float64(m.Disk.Bytes)/(1<<20), float64(m.Data.Bytes)/(1<<20), float64(m.Data.Wire)/(1<<20))
+	if m.Disk.Bytes < 64<<20 {
+		t.Errorf("only %d KiB of memory were found on disk, of a guest that caches its files", m.Disk.Bytes>>10)
+	}
 	for i, path := range v.Disks {
 		w.same(disks[i].Format, w.path(lab.LocalDC, path), w.path(lab.RemoteDC, path))
 		w.thin(w.path(lab.LocalDC, path), w.path(lab.RemoteDC, path))
