@@ -268,8 +268,7 @@ func (sy *syncer) load() load {
 		FirstPassLeft: int64(m.UnseenPages * m.PageSize), RoundLeft: sy.roundLeft.Load(), RAM: int64(m.RAMBytes)}
 }
 
-// verified is what came of comparing the disks, of which all are the same; nil if
-// that was not asked for.
+// verified is what came of comparing the disks; nil if that was not asked for.
 func (sy *syncer) verified() *Verified {
 	if !sy.s.req.Verify {
 		return nil
@@ -277,7 +276,7 @@ func (sy *syncer) verified() *Verified {
 	v := &Verified{}
 	for _, d := range sy.disks {
 		o := d.outbox.Stats()
-		v.Same, v.Last = v.Same+o.Size, v.Last+o.VerifiedLast
+		v.Same, v.Last = v.Same+o.Verified, v.Last+o.VerifiedLast
 	}
 	return v
 }
