@@ -23,6 +23,7 @@ var arrows = map[string][]string{
 	"hypervisor":            {},
 	"memsync":               {"compress"},
 	"blocksync/nbd":         {},
+	"blocksync/seed":        {"compress"},
 	"blocksync":             {"blocksync/nbd", "compress"},
 	"netredirect":           {"netredirect/hostnet", "netredirect/encap", "netredirect/neighbour", "netredirect/names", "netredirect/routes"},
 	"netredirect/hostnet":   {},
