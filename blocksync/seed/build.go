@@ -45,6 +45,7 @@ type builder struct {
 	pace   func(ctx context.Context, n int) error // before n bytes are read
 	done   func(bytes, of int64)                  // how far it is
 	most   int                                    // entries of a run
+	fault  func(step string) error                // before each step of writing: where tests fail it
 	run    []entry
 	runs   *os.File
 	ends   []int64 // of the runs in the file
@@ -170,18 +171,23 @@ func (b *builder) write(h header) error {
 		return fmt.Errorf("write index: %w", err)
 	}
 	defer os.Remove(f.Name())
-	err = b.fill(f, h)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), indexPath(b.folder, h.path))
-	}
-	if err == nil {
-		err = syncFolder(b.folder)
-	}
-	if err != nil {
-		return fmt.Errorf("write index: %w", err)
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"WRITE", func() error { return b.fill(f, h) }},
+		{"SYNC", func() error { return errors.Join(f.Sync(), f.Close()) }},
+		{"RENAME", func() error { return os.Rename(f.Name(), indexPath(b.folder, h.path)) }},
+		{"SYNC FOLDER", func() error { return syncFolder(b.folder) }},
+	} {
+		err := b.fault(step.name)
+		if err == nil {
+			err = step.do()
+		}
+		if err != nil {
+			_ = f.Close() // perhaps for the second time
+			return fmt.Errorf("write index: %w", err)
+		}
 	}
 	return nil
 }

@@ -57,7 +57,7 @@ func indexed(t testing.TB, folder, image string, most int) (*index, error) {
 		return nil, err
 	}
 	defer img.close()
-	b := builder{folder: folder, most: most, done: func(int64, int64) {}, pace: func(context.Context, int) error { return nil }}
+	b := builder{folder: folder, most: most, fault: func(string) error { return nil }, done: func(int64, int64) {}, pace: func(context.Context, int) error { return nil }}
 	unread, err := b.build(t.Context(), image, time.Unix(5, 6), id, img)
 	if err = errors.Join(unread, err); err != nil {
 		return nil, err

@@ -43,6 +43,7 @@ type Library struct {
 	wake   chan struct{}
 	limit  *rate.Limiter
 	now    func() time.Time
+	fault  func(step string) error
 
 	scanning sync.Mutex // held by one scan at a time
 
@@ -74,7 +75,7 @@ func New(folder string, paths []string, log *slog.Logger) (*Library, error) {
 	if err := os.MkdirAll(folder, 0o700); err != nil {
 		return nil, fmt.Errorf("make the folder of seed indexes: %w", err)
 	}
-	return &Library{folder: folder, listed: paths, log: log, wake: make(chan struct{}, 1), now: time.Now,
+	return &Library{folder: folder, listed: paths, log: log, wake: make(chan struct{}, 1), now: time.Now, fault: func(string) error { return nil },
 		limit: rate.NewLimiter(idleRate, stretch), images: map[string]*record{}, lists: map[string]string{}}, nil
 }
 
@@ -224,7 +225,7 @@ func (l *Library) build(ctx context.Context, r *record, began time.Time) (file i
 	if err != nil {
 		return file, nil, err
 	}
-	b := builder{folder: l.folder, pace: l.pace, most: runEntries, done: func(read, of int64) {
+	b := builder{folder: l.folder, pace: l.limit.WaitN, most: runEntries, fault: l.fault, done: func(read, of int64) {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		r.read, r.of = read, of
@@ -232,9 +233,6 @@ func (l *Library) build(ctx context.Context, r *record, began time.Time) (file i
 	unread, err = b.build(ctx, r.path, began, file, img)
 	return file, unread, errors.Join(err, img.close())
 }
-
-// pace waits until n bytes may be read.
-func (l *Library) pace(ctx context.Context, n int) error { return l.limit.WaitN(ctx, n) }
 
 // warn tells of memory or a file that is not given back. It does no other harm.
 func (l *Library) warn(err error) {

@@ -280,7 +280,7 @@ func TestDamagedClustersAreLeftOut(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer img.close()
-		bu := builder{folder: dir, most: 100, done: func(int64, int64) {}, pace: func(context.Context, int) error { return nil }}
+		bu := builder{folder: dir, most: 100, fault: func(string) error { return nil }, done: func(int64, int64) {}, pace: func(context.Context, int) error { return nil }}
 		unread, err := bu.build(t.Context(), path, time.Unix(1, 0), identity{}, img)
 		if err != nil {
 			return nil, unread, err
@@ -319,7 +319,7 @@ func FuzzQCOW(f *testing.F) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		read := int64(0)
-		bu := builder{folder: dir, most: 100, done: func(int64, int64) {}, pace: func(ctx context.Context, n int) error {
+		bu := builder{folder: dir, most: 100, fault: func(string) error { return nil }, done: func(int64, int64) {}, pace: func(ctx context.Context, n int) error {
 			if read += int64(n); read > 16<<20 { // hostile input may be long, not endless
 				cancel()
 			}
