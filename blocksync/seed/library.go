@@ -166,6 +166,8 @@ func (l *Library) due(r *record) bool {
 		return now.Sub(r.index.indexed) > oldIndex
 	case r.index.file == r.file:
 		return false
+	case r.index.file.inode != r.file.inode: // replaced as a whole
+		return true
 	}
 	return now.Sub(time.Unix(0, r.file.mtime)) > settleTime || now.Sub(r.index.indexed) > oldIndex
 }

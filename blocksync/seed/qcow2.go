@@ -114,12 +114,13 @@ type qcow struct {
 	tables   *cache // level 2, by their offset in the file
 	clusters *cache // decompressed, by their descriptor
 	packed   []byte // for what is read to be decompressed
-	walked   int64  // bytes of clusters that nextData has led to
+	unpack   decompressor
+	walked   int64 // bytes of clusters that nextData has led to
 }
 
 func newQCOW(f *os.File, length int64, h qcowHeader) *qcow {
 	most := max(cacheBytes>>h.bits, 1)
-	return &qcow{qcowHeader: h, f: f, length: length, tables: newCache(most), clusters: newCache(most)}
+	return &qcow{qcowHeader: h, f: f, length: length, tables: newCache(most), clusters: newCache(most), unpack: decompressor{isZstd: h.zstd}}
 }
 
 func (q *qcow) kind() formatKind { return formatQCOW2 }
@@ -128,6 +129,7 @@ func (q *qcow) size() int64      { return q.qcowHeader.size }
 func (q *qcow) close() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	q.unpack.close()
 	return q.f.Close()
 }
 
