@@ -219,7 +219,10 @@ func (l *Library) build(ctx context.Context, r *record, began time.Time) (file i
 	if len(r.path) > maxPath {
 		return file, nil, fmt.Errorf("path of more than %d bytes", maxPath)
 	}
-	f, file, err := openFile(r.path, r.listed)
+	l.mu.Lock()
+	listed := r.listed
+	l.mu.Unlock()
+	f, file, err := openFile(r.path, listed)
 	if err != nil {
 		return file, nil, err
 	}

@@ -29,11 +29,9 @@ func TestSeeds(t *testing.T) {
 		spoil   func(path string) error
 	}{
 		{"raw", []string{"-O", "raw"}, nil},
-		{"qcow2, compressed by zlib", []string{"-c", "-O", "qcow2"}, nil},
-		{"qcow2, compressed by zstd", []string{"-c", "-O", "qcow2", "-o", "compression_type=zstd"}, nil},
+		{"qcow2, compressed", []string{"-c", "-O", "qcow2"}, nil},
 		{"overwritten in the middle", []string{"-O", "raw"}, overwrite},
-		{"deleted in the middle", []string{"-O", "qcow2"}, os.Remove},
-		{"truncated in the middle", []string{"-c", "-O", "qcow2"}, func(path string) error { return os.Truncate(path, 1<<20) }},
+		{"deleted in the middle", []string{"-c", "-O", "qcow2", "-o", "compression_type=zstd"}, os.Remove},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -53,6 +51,9 @@ func TestSeeds(t *testing.T) {
 				})
 				if err := c.spoil(image); err != nil {
 					t.Fatal(err)
+				}
+				if s.Disks[0].Done == s.Disks[0].Size {
+					t.Fatal("the disk had crossed before")
 				}
 				t.Logf("spoiled after %d MiB", s.Disks[0].Reduction.Seed.Bytes>>20)
 			}
