@@ -12,9 +12,11 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"time"
 
+	"github.com/wanmig/wanmig/blocksync/seed"
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/migrate"
@@ -34,6 +36,7 @@ type agent struct {
 	host      *hypervisor.Host
 	engine    *migrate.Engine
 	redirects *netredirect.Manager
+	seeds     *seed.Library
 	log       *slog.Logger
 	ctx       context.Context // the daemon's life: moves outlive the request that started them
 }
@@ -65,6 +68,10 @@ func Run(ctx context.Context, c Config, log *slog.Logger) error {
 	host := hypervisor.New(c.Libvirt, log)
 	defer host.Close()
 	a := &agent{config: c, identity: identity, sites: known, endpoint: endpoint, host: host, log: log, ctx: ctx}
+	if a.seeds, err = seed.New(filepath.Join(c.State, "seeds"), c.Seeds, log); err != nil {
+		return err
+	}
+	defer a.closeSeeds()
 	if a.redirects, err = a.startRedirects(ctx); err != nil {
 		return err
 	}
@@ -75,12 +82,25 @@ func Run(ctx context.Context, c Config, log *slog.Logger) error {
 	a.engine, err = migrate.New(ctx, migrate.Config{Host: host, Journal: journal, Site: c.Site, Version: Version,
 		Spool: c.Outbox.Dir, Memory: int64(c.Outbox.Memory), SpoolMax: int64(c.Outbox.Spool), PageStore: int64(c.Reduction.Memory),
 		Keep: c.Reduction.Keep, KeepSpace: int64(c.Reduction.KeepSpace),
-		Redirects: a.redirects, Redirect: c.Redirect.options(), Hooks: hooks,
+		Seeds: a.seeds, Redirects: a.redirects, Redirect: c.Redirect.options(), Hooks: hooks,
 		Dial: a.dial, Known: known.nameOf, Log: log})
 	if err != nil {
 		return errors.Join(err, a.redirects.Close())
 	}
-	return errors.Join(a.serve(ctx), a.redirects.Close())
+	indexCtx, stop := context.WithCancel(ctx)
+	var indexing sync.WaitGroup
+	indexing.Go(func() { a.seeds.Run(indexCtx) })
+	err = a.serve(ctx)
+	stop()
+	indexing.Wait()
+	return errors.Join(err, a.redirects.Close())
+}
+
+// closeSeeds gives the indexes of seeds back, when no move has them open.
+func (a *agent) closeSeeds() {
+	if err := a.seeds.Close(); err != nil {
+		a.log.Warn("memory of the seed indexes not given back", "error", err)
+	}
 }
 
 func makeFolders(c Config) error {

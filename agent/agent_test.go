@@ -197,6 +197,8 @@ func TestConfigErrorsAreOneLine(t *testing.T) {
 		"line 2":           "site: a\nreduction: {memory: -1MiB}\n",
 		"at least 1MiB":    "outbox: {memory: 4KiB}\n",
 		"not host:port":    "listen: 7946\n",
+		"\"golden\" must":  "seeds: [/var/lib, golden]\n",
+		"line 1: cannot":   "seeds: {dir: /golden}\n",
 		"must begin with":  "state: var/lib\n",
 		"is not a name":    "site: two words\n",
 		"line":             "site: [\n",

@@ -24,6 +24,8 @@ import (
 //	                                  502 when it is removed at this end only
 //	GET    /v1/copies                 []migrate.Copy
 //	DELETE /v1/copies/{vm}            → 204; by the VM's name or UUID; 404 when there are none
+//	GET    /v1/seeds                  []seed.Status, by path
+//	POST   /v1/seeds/scan             → 204; seeds were looked for, new ones are indexed from now on
 
 // Info describes an agent.
 type Info struct {

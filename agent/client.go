@@ -18,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/wanmig/wanmig/blocksync/seed"
 	"github.com/wanmig/wanmig/migrate"
 	"github.com/wanmig/wanmig/netredirect"
 )
@@ -167,6 +168,16 @@ func (c *Client) Copies(ctx context.Context) ([]migrate.Copy, error) {
 // RemoveCopies removes those of a VM, by its name or UUID.
 func (c *Client) RemoveCopies(ctx context.Context, vm string) error {
 	return c.send(ctx, http.MethodDelete, nil, "copies", vm)
+}
+
+// Seeds lists the images whose content guests that come to this host need not be sent.
+func (c *Client) Seeds(ctx context.Context) ([]seed.Status, error) {
+	return get[[]seed.Status](ctx, c, "seeds")
+}
+
+// ScanSeeds has the agent look for seeds now.
+func (c *Client) ScanSeeds(ctx context.Context) error {
+	return c.send(ctx, http.MethodPost, nil, "seeds", "scan")
 }
 
 func get[T any](ctx context.Context, c *Client, path ...string) (T, error) {

@@ -68,6 +68,8 @@ func TestClientRequests(t *testing.T) {
 		{`[]`, "GET /v1/moves ", func() error { _, err := c.Moves(ctx); return err }},
 		{`{}`, "GET /v1/moves/m1 ", func() error { _, err := c.Move(ctx, "m1"); return err }},
 		{"{}\n", "GET /v1/moves/m1/watch ", func() error { return c.WatchMove(ctx, "m1", func(migrate.Status) error { return nil }) }},
+		{`[]`, "GET /v1/seeds ", func() error { _, err := c.Seeds(ctx); return err }},
+		{``, "POST /v1/seeds/scan ", func() error { return c.ScanSeeds(ctx) }},
 		{`[]`, "GET /v1/redirects ", func() error { _, err := c.Redirects(ctx); return err }},
 		{`{}`, "GET /v1/redirects/my%20vm ", func() error { _, err := c.Redirect(ctx, "my vm"); return err }},
 		{``, "POST /v1/redirects/m1/drain ", func() error { return c.DrainRedirect(ctx, "m1") }},

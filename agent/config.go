@@ -37,6 +37,7 @@ type Config struct {
 	Outbox  OutboxConfig `yaml:"outbox"`
 
 	Reduction ReductionConfig `yaml:"reduction"`
+	Seeds     []string        `yaml:"seeds"` // folders, files and block devices whose content need not be sent here
 
 	Redirect  RedirectConfig `yaml:"redirect"`
 	Addresses AddressConfig  `yaml:"addresses"`
@@ -119,7 +120,7 @@ func explainYAML(err error) string {
 		"BGPConfig":       "in bgp: there are asn, router_id, next_hops, communities, local_pref, peers",
 		"BGPPeerConfig":   "in bgp.peers: there are address, asn, local, port, multihop, password_file, watch",
 		"HooksConfig":     "in hooks: there are before_stop, after_resume, after_settle, timeout",
-		"Config":          ": there are site, listen, api, state, libvirt, outbox, reduction, redirect, addresses, dns, bgp, hooks",
+		"Config":          ": there are site, listen, api, state, libvirt, outbox, reduction, seeds, redirect, addresses, dns, bgp, hooks",
 	} {
 		s = strings.ReplaceAll(s, "not found in type agent."+kind, strings.Replace("is unknown "+keys, " :", ":", 1))
 	}
@@ -136,6 +137,11 @@ func (c Config) check() error {
 	for key, path := range map[string]string{"api": c.API, "state": c.State, "libvirt": c.Libvirt, "outbox.dir": c.Outbox.Dir} {
 		if !filepath.IsAbs(path) {
 			return fmt.Errorf("%s: %q must begin with /", key, path)
+		}
+	}
+	for _, path := range c.Seeds {
+		if !filepath.IsAbs(path) {
+			return fmt.Errorf("seeds: %q must begin with /", path)
 		}
 	}
 	if c.Outbox.Memory < 1<<20 {

@@ -36,6 +36,8 @@ func (a *agent) routes() http.Handler {
 	mux.HandleFunc("POST /v1/redirects/{move}/cut", a.cutRedirect)
 	mux.HandleFunc("GET /v1/copies", a.getCopies)
 	mux.HandleFunc("DELETE /v1/copies/{vm}", a.removeCopies)
+	mux.HandleFunc("GET /v1/seeds", a.getSeeds)
+	mux.HandleFunc("POST /v1/seeds/scan", a.scanSeeds)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusNotFound, fmt.Errorf("%s %s is not in this agent's API (version %s): update the older of command and agent", r.Method, r.URL.Path, Version))
 	})
@@ -300,6 +302,15 @@ func (a *agent) cutRedirect(w http.ResponseWriter, r *http.Request) {
 		fail(w, statusOfCut(before, err), err)
 		return
 	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (a *agent) getSeeds(w http.ResponseWriter, _ *http.Request) {
+	reply(w, http.StatusOK, a.seeds.Status())
+}
+
+func (a *agent) scanSeeds(w http.ResponseWriter, r *http.Request) {
+	a.seeds.Refresh(r.Context())
 	w.WriteHeader(http.StatusNoContent)
 }
 

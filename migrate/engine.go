@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/wanmig/wanmig/blocksync/seed"
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/netredirect"
@@ -35,6 +36,8 @@ type Config struct {
 	// all of them.
 	Keep      time.Duration
 	KeepSpace int64
+	// Seeds are the images whose content guests that arrive need not be sent.
+	Seeds seedLibrary
 	// Dial opens a session to a site by its name; Known names the site of a peer.
 	Dial  func(ctx context.Context, site string) (*tunnel.Session, error)
 	Known func(tunnel.ID) string
@@ -45,6 +48,9 @@ type Config struct {
 	Hooks     Hooks
 	Log       *slog.Logger
 }
+
+// seedLibrary opens the images that are indexed; who opens them closes them.
+type seedLibrary interface{ Images() []*seed.Image }
 
 // Engine moves the guests of one host.
 type Engine struct {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/wanmig/wanmig/blocksync"
 	"github.com/wanmig/wanmig/blocksync/nbd"
+	"github.com/wanmig/wanmig/blocksync/seed"
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/memsync"
@@ -40,6 +41,7 @@ type incoming struct {
 	have    *blocksync.Content      // of what the destination holds
 	older   map[string]handoff.Copy // by target: images that stood here, and are brought up to date
 	kept    Kept
+	seeds   []*seed.Image // whose content it holds too
 	disks   atomic.Int32  // that are not durable yet
 	durable chan struct{} // closed when every disk is
 	ran     atomic.Bool   // libvirt said that the guest was resumed here
@@ -103,6 +105,11 @@ func (in *incoming) run(ctx context.Context) {
 	if in.have != nil {
 		if err := in.have.Close(); err != nil {
 			in.log.Warn("memory of the content index not given back", "error", err)
+		}
+	}
+	for _, img := range in.seeds {
+		if err := img.Close(); err != nil {
+			in.log.Warn("seed image not closed", "image", img.Path(), "error", err)
 		}
 	}
 	// Until now serveRedirect may have made something.
@@ -273,6 +280,10 @@ func (in *incoming) createDisks(ctx context.Context) error {
 		return err
 	}
 	in.have, in.entry.Created = have, paths
+	in.seeds = in.Seeds.Images()
+	for _, img := range in.seeds {
+		have.Seed(img)
+	}
 	if err := in.Journal.Put(in.entry); err != nil {
 		in.entry.Created, in.entry.Arriving = nil, nil
 		return err

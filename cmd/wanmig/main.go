@@ -101,6 +101,7 @@ it over a unix socket.
 		newCancelCommand(client),
 		newRedirectCommand(client),
 		newCopiesCommand(client),
+		newSeedsCommand(client),
 		newVersionCommand(),
 	)
 	return root
