@@ -79,8 +79,8 @@
 // # The page store
 //
 // Pages that were sent are kept at both sides, up to a number that the smaller
-// of their limits allows. Operations 04, 06 and 07 write a slot, in the order of the
-// stream, so that at each operation the source knows what each slot of the
+// of their limits allows. Operations 04, 06 and 07 write a slot, in the order of
+// the stream, so that at each operation the source knows what each slot of the
 // destination has, without an answer. Which slot that is, and what is replaced
 // when all are in use, is the source's choice alone: the destination has an
 // array of pages and nothing else. Slots have 4096 bytes; the pages of other
@@ -88,7 +88,8 @@
 // before it were, and read if it was written.
 //
 // An equal page is found by a hash and then compared, byte for byte, so that a
-// reference never stands on a hash.
+// reference never stands on a hash. What the destination holds does, on one of 128
+// bits that is cryptographic, and on the batch's checksum.
 //
 // # Pages that the destination holds
 //
