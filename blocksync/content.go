@@ -4,6 +4,8 @@ import (
 	"context"
 	"sync"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/wanmig/wanmig/compress"
 )
 
@@ -111,6 +113,10 @@ func (s *search) run(ctx context.Context) {
 	}
 }
 
+// reads is how many places a search reads at once: memory's pages lie on a disk
+// in another order, and QEMU answers one request in some 100 µs.
+const reads = 16
+
 // look asks an index for the pages that are not found yet, and reads them there.
 func (s *search) look(ctx context.Context, o compress.Origin, find func(compress.Fingerprint) (compress.Place, bool)) {
 	known := make([]bool, len(s.sums))
@@ -124,18 +130,13 @@ func (s *search) look(ctx context.Context, o compress.Origin, find func(compress
 	if !any {
 		return
 	}
-	here := false // the page before is found, by this look
+	if s.buf == nil {
+		s.buf = make([]byte, len(s.sums)*page)
+	}
+	var g errgroup.Group
+	g.SetLimit(reads)
 	for i := 0; i < len(s.sums); {
-		if s.found[i] != compress.Nowhere {
-			here = false
-			i++
-			continue
-		}
-		if !known[i] && here {
-			s.places[i], known[i] = s.places[i-1]+1, true
-		}
 		if !known[i] {
-			here = false
 			i++
 			continue
 		}
@@ -143,9 +144,16 @@ func (s *search) look(ctx context.Context, o compress.Origin, find func(compress
 		for end < len(s.sums) && known[end] && s.places[end] == s.places[end-1]+1 {
 			end++
 		}
-		s.read(ctx, o, s.places[i], i, end)
-		here = s.found[end-1] != compress.Nowhere
+		from := i
+		g.Go(func() error { s.read(ctx, o, s.places[from], from, end); return nil })
 		i = end
+	}
+	_ = g.Wait() // what can't be read is not found
+	for i := 1; i < len(s.sums); i++ {
+		if s.found[i] == compress.Nowhere && s.found[i-1] == o {
+			s.places[i] = s.places[i-1] + 1
+			s.read(ctx, o, s.places[i], i, i+1)
+		}
 	}
 }
 
@@ -157,9 +165,6 @@ func (s *search) read(ctx context.Context, o compress.Origin, at compress.Place,
 		return
 	}
 	end = min(end, i+int(whole-first))
-	if s.buf == nil {
-		s.buf = make([]byte, len(s.sums)*page)
-	}
 	// What can't be read is not held.
 	if src.ReadAt(ctx, s.buf[i*page:end*page], first*page) != nil {
 		return

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"sync"
 	"testing"
 	"testing/synctest"
 
@@ -72,14 +73,18 @@ func TestHeldIsNotSent(t *testing.T) {
 type fickle struct {
 	*disk
 	r *rand.Rand
+	m *sync.Mutex // of r: places are read at once
 }
 
 func (f *fickle) ReadAt(ctx context.Context, p []byte, off int64) error {
-	switch f.r.IntN(3) {
+	f.m.Lock()
+	now, seed := f.r.IntN(3), f.r.Uint64()
+	f.m.Unlock()
+	switch now {
 	case 0:
 		return errors.New("the seed is gone")
 	case 1:
-		copy(p, noise(f.r.Uint64(), len(p)))
+		copy(p, noise(seed, len(p)))
 		return nil
 	}
 	return f.disk.ReadAt(ctx, p, off)
@@ -90,6 +95,7 @@ func (f *fickle) ReadAt(ctx context.Context, p []byte, off int64) error {
 func TestSearchIsNeverWrong(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		r := rand.New(rand.NewPCG(rapid.Uint64().Draw(rt, "seed"), 3))
+		var m sync.Mutex // of r
 		c, err := NewContent(rapid.Int64Range(0, 64*page).Draw(rt, "index"))
 		if err != nil {
 			rt.Fatal(err)
@@ -107,7 +113,7 @@ func TestSearchIsNeverWrong(t *testing.T) {
 			}
 			var src readerAt = d
 			if rapid.Bool().Draw(rt, "fickle") {
-				src = &fickle{d, r}
+				src = &fickle{d, r, &m}
 			}
 			places = append(places, c.add(src))
 		}
@@ -119,7 +125,7 @@ func TestSearchIsNeverWrong(t *testing.T) {
 			for at := 0; at < len(d.content); at += page {
 				copy(d.content[at:], kinds[r.IntN(len(kinds))])
 			}
-			c.Seed(&anySeed{fickle{d, r}})
+			c.Seed(&anySeed{fickle{d, r, &m}})
 		}
 		var sums []compress.Fingerprint
 		var asked []int
@@ -141,5 +147,7 @@ func TestSearchIsNeverWrong(t *testing.T) {
 type anySeed struct{ fickle }
 
 func (s *anySeed) Find(compress.Fingerprint) (int64, bool) {
+	s.m.Lock()
+	defer s.m.Unlock()
 	return []int64{s.r.Int64N(24), -1, 1 << 62}[min(s.r.IntN(20), 2)], s.r.IntN(4) > 0
 }
