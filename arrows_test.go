@@ -31,7 +31,7 @@ var arrows = map[string][]string{
 	"netredirect/neighbour": {},
 	"netredirect/names":     {},
 	"netredirect/routes":    {},
-	"migrate":               {"netredirect", "handoff", "hypervisor", "memsync", "blocksync", "blocksync/nbd", "blocksync/seed", "tunnel"},
+	"migrate":               {"netredirect", "handoff", "hypervisor", "memsync", "blocksync", "blocksync/nbd", "blocksync/seed", "compress", "tunnel"},
 	"agent":                 {"netredirect", "netredirect/names", "netredirect/routes", "migrate", "blocksync/seed", "handoff", "hypervisor", "tunnel"},
 	"cmd/wanmig":            {"agent", "migrate", "blocksync", "blocksync/seed", "netredirect"},
 	"lab":                   {"lab/guest/api"},

@@ -81,7 +81,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) error {
 	}
 	a.engine, err = migrate.New(ctx, migrate.Config{Host: host, Journal: journal, Site: c.Site, Version: Version,
 		Spool: c.Outbox.Dir, Memory: int64(c.Outbox.Memory), SpoolMax: int64(c.Outbox.Spool), PageStore: int64(c.Reduction.Memory),
-		Keep: c.Reduction.Keep, KeepSpace: int64(c.Reduction.KeepSpace),
+		Keep: c.Reduction.Keep, KeepSpace: int64(c.Reduction.KeepSpace), CopyDir: filepath.Join(c.State, "copies"),
 		Seeds: a.seeds, Redirects: a.redirects, Redirect: c.Redirect.options(), Hooks: hooks,
 		Dial: a.dial, Known: known.nameOf, Log: log})
 	if err != nil {

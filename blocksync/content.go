@@ -36,7 +36,8 @@ type Seed interface {
 
 type seed struct {
 	Seed
-	place compress.Place // of its first page
+	origin compress.Origin
+	place  compress.Place // of its first page
 }
 
 // NewContent makes the content of a move whose disks have size bytes together.
@@ -67,10 +68,10 @@ func (c *Content) addLocked(r readerAt) compress.Place {
 }
 
 // Seed lets content be found in an image, which may change or end meanwhile.
-func (c *Content) Seed(s Seed) {
+func (c *Content) Seed(s Seed, o compress.Origin) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.seeds = append(c.seeds, seed{s, c.addLocked(s)})
+	c.seeds = append(c.seeds, seed{s, o, c.addLocked(s)})
 }
 
 func (c *Content) source(p compress.Place) readerAt {
@@ -106,7 +107,7 @@ func (s *search) run(ctx context.Context) {
 	seeds := s.seeds
 	s.mu.Unlock()
 	for _, x := range seeds {
-		s.look(ctx, compress.OnSeed, func(f compress.Fingerprint) (compress.Place, bool) {
+		s.look(ctx, x.origin, func(f compress.Fingerprint) (compress.Place, bool) {
 			at, ok := x.Find(f)
 			return x.place + compress.Place(at), ok && at >= 0 && at < 1<<sourceBits
 		})

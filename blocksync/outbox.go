@@ -24,21 +24,22 @@ type Outbox struct {
 	budget  *Budget
 	encoder *compress.Encoder
 
-	mu     sync.Mutex
-	change signal           // of anything below that a writer or the sender waits for
-	blocks map[int64]*block // dirty and not all zero
-	dirty  bitmap           // in order, not taken by the sender
-	zeros  bitmap           // dirty, and all zero
-	sent   bitmap           // taken by the sender at some time
-	order  queue
-	verify *verification // nil if nothing is compared
-	strict bool
-	sealed bool
-	bulk   bool        // what was written before Covered is not all taken yet
-	above  int64       // offerAbove
-	image  *image      // the sender's
-	old    atomic.Bool // the destination has an older copy
-	err    error       // why nothing is accepted any more
+	mu       sync.Mutex
+	change   signal           // of anything below that a writer or the sender waits for
+	blocks   map[int64]*block // dirty and not all zero
+	dirty    bitmap           // in order, not taken by the sender
+	zeros    bitmap           // dirty, and all zero
+	sent     bitmap           // taken by the sender at some time
+	order    queue
+	verify   *verification // nil if nothing is compared
+	strict   bool
+	sealed   bool
+	bulkRoom int64       // that may wait while it is bulk
+	bulk     bool        // what was written before Covered is not all taken yet
+	above    int64       // offerAbove
+	image    *image      // the sender's
+	old      atomic.Bool // the destination has an older copy
+	err      error       // why nothing is accepted any more
 
 	barrier uint64 // the last one asked for
 	durable uint64 // the last one the destination has confirmed
@@ -88,15 +89,16 @@ func NewOutbox(size int64, b *Budget) (*Outbox, error) {
 	}
 	n := (size + blockSize - 1) / blockSize
 	return &Outbox{
-		size:    size,
-		budget:  b,
-		encoder: compress.NewEncoder(float64(workers())),
-		blocks:  make(map[int64]*block),
-		dirty:   newBitmap(n),
-		zeros:   newBitmap(n),
-		sent:    newBitmap(n),
-		bulk:    true,
-		above:   offerAbove,
+		size:     size,
+		budget:   b,
+		encoder:  compress.NewEncoder(float64(workers())),
+		blocks:   make(map[int64]*block),
+		dirty:    newBitmap(n),
+		zeros:    newBitmap(n),
+		sent:     newBitmap(n),
+		bulk:     true,
+		bulkRoom: bulkRoom,
+		above:    offerAbove,
 	}, nil
 }
 

@@ -31,6 +31,10 @@ const (
 	// maxJobs is how many jobs of a disk may wait for the destination's answers.
 	// Each may be offered twice, in blocks and then in pages.
 	maxJobs = maxOffers / 2
+	// bulkRoom is how much of the mirror's first pass may wait: enough to keep the
+	// link busy. What is read from the disk earlier only fills memory, as the
+	// guest's memory is not sent before.
+	bulkRoom = 64 << 20
 )
 
 // job is what is sent together: content, then zeros, then a barrier. None of
@@ -61,6 +65,7 @@ type job struct {
 	offerFrame []byte
 	dataFrame  []byte
 	zeroFrame  []byte
+	toEncode   time.Time     // when it was given to the encoders
 	collected  chan struct{} // receives when raw and the offer are ready
 	encoded    chan struct{} // receives when the other frames are ready
 }
@@ -139,7 +144,7 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 			offered := j.offered && j.offer(unit) // before another has j
 			ordered <- j
 			if !offered {
-				encode <- j
+				encode <- j.due()
 				continue
 			}
 			waiting.add(j)
@@ -155,7 +160,7 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 			case j := <-refine:
 				j.drop()
 				if !j.offer(page) {
-					encode <- j
+					encode <- j.due()
 					continue
 				}
 				waiting.add(j)
@@ -172,10 +177,13 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 	g.Go(func() error {
 		defer close(sent)
 		for j := range ordered {
+			waiting := time.Now()
 			if _, err := receive(ctx, j.encoded); err != nil {
 				return err
 			}
 			begun := time.Now()
+			// Until it was given to the encoders it waited for an answer, or for the mirror.
+			o.encoder.Awaited(begun.Sub(later(waiting, j.toEncode)))
 			if err := o.send(ctx, frames, j); err != nil {
 				return err
 			}
@@ -190,7 +198,7 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 			switch {
 			case err != nil:
 			case j.unit == page:
-				encode <- j
+				encode <- j.due()
 			default:
 				refine <- j
 			}
@@ -218,6 +226,19 @@ func (o *Outbox) work(ctx context.Context, collect, encode <-chan *job, sent <-c
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// due notes that a job can be encoded.
+func (j *job) due() *job {
+	j.toEncode = time.Now()
+	return j
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }
 
 // waiting are the jobs that were offered and not answered.

@@ -14,6 +14,8 @@ func (o *Outbox) put(ctx context.Context, idx int64, at int, p []byte) error {
 		var wait bool
 		var room <-chan struct{}
 		switch b := o.blocks[idx]; {
+		case b == nil && o.bulk && o.stats.PendingMemory+o.stats.PendingSpool >= o.bulkRoom:
+			wait = true
 		case b == nil:
 			done, room = o.insert(idx, at, p)
 			wait = room != nil

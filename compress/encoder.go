@@ -62,6 +62,15 @@ func (e *Encoder) Sent(took time.Duration) {
 	}
 }
 
+// Awaited tells that the link, which could have taken more, was kept waiting for
+// so long by what was being encoded, or waited to be. It may be called before
+// Sent.
+func (e *Encoder) Awaited(took time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.window.awaited += max(took, 0)
+}
+
 // Encode appends the encoded form of src to dst and returns it with its method.
 // A block that would not shrink by at least 1/32, or is larger than MaxSize, is
 // appended as it is.

@@ -94,6 +94,7 @@ type window struct {
 	elapsed  time.Duration
 	encoding time.Duration // of all encoders together
 	sending  time.Duration // that encoded blocks waited for the link to take them
+	awaited  time.Duration // that the link waited for blocks to be encoded
 }
 
 const (
@@ -109,8 +110,8 @@ const (
 //
 //	fastest <──> default <──> better <──> best
 //	   ──> the link is waited for, and the encoders have the time
-//	   <── the encoders have no time left and the link waits for them;
-//	       above default also: the link is hardly used
+//	   <── the encoders have no time left, or other work takes the CPU, and the
+//	       link waits for them; above default also: the link is hardly used
 type control struct {
 	level level
 	cores int     // of this machine
@@ -132,10 +133,11 @@ func (c *control) may(l level) float64 { return min(c.room, float64(l.encoders(c
 func (c *control) follow(w window) {
 	busy := w.encoding.Seconds() / w.elapsed.Seconds()
 	link := w.sending.Seconds() / w.elapsed.Seconds()
+	idle := w.awaited.Seconds() / w.elapsed.Seconds()
 	c.rest = max(c.rest-1, 0)
 	stronger := c.level + 1
 	switch {
-	case c.level > fastest && busy >= 0.95*c.may(c.level) && link < 0.9:
+	case c.level > fastest && link < 0.9 && (busy >= 0.95*c.may(c.level) || idle >= 0.1):
 		c.level--
 		c.rest, c.next = c.next, min(2*c.next, lastRest)
 	case c.level > normal && link < 0.1:

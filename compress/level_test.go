@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -25,7 +26,7 @@ func TestControl(t *testing.T) {
 			continue
 		}
 		lines++
-		var busy, link, room float64
+		var busy, link, idle, room float64
 		var times, cores int
 		var want string
 		if words[0] == "stream" {
@@ -35,12 +36,15 @@ func TestControl(t *testing.T) {
 			c = newControl(cores, room)
 			continue
 		}
-		if _, err := fmt.Sscan(line, &times, &busy, &link, &want); err != nil {
+		if len(words) == 4 {
+			words = slices.Insert(words, 3, "0")
+		}
+		if _, err := fmt.Sscan(strings.Join(words, " "), &times, &busy, &link, &idle, &want); err != nil {
 			t.Fatalf("line %d: %v", i+1, err)
 		}
 		second := float64(time.Second)
 		for range times {
-			c.follow(window{elapsed: time.Second, encoding: time.Duration(busy * second), sending: time.Duration(link * second)})
+			c.follow(window{elapsed: time.Second, encoding: time.Duration(busy * second), sending: time.Duration(link * second), awaited: time.Duration(idle * second)})
 		}
 		if c.level.String() != want {
 			t.Errorf("line %d: %s is at %v", i+1, line, c.level)
@@ -59,14 +63,14 @@ func pipeline(c *control, link float64) window {
 	m := model[c.level]
 	encoders := c.may(c.level)
 	content := min(encoders*m.speed, link/m.size) // per second
-	return window{time.Second, time.Duration(content / m.speed * 1e9), time.Duration(content * m.size / link * 1e9)}
+	return window{elapsed: time.Second, encoding: time.Duration(content / m.speed * 1e9), sending: time.Duration(content * m.size / link * 1e9)}
 }
 
 // inTurn is the same for one that encodes a block, sends it, and so on.
 func inTurn(c *control, link float64) window {
 	m := model[c.level]
 	encode, send := 1/m.speed, m.size/link
-	return window{time.Second, time.Duration(encode / (encode + send) * 1e9), time.Duration(send / (encode + send) * 1e9)}
+	return window{elapsed: time.Second, encoding: time.Duration(encode / (encode + send) * 1e9), sending: time.Duration(send / (encode + send) * 1e9)}
 }
 
 // A stream comes to the level that fits its link, and stays there.

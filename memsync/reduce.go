@@ -29,11 +29,14 @@ func (s *Source) closeStore() error {
 // be sent as it is can be offered before.
 func (s *Source) reduce(word uint64, block, page []byte, mayOffer bool) {
 	x := s.index
+	n := word >> storeBits
+	if s.cfg.Keep != nil && s.pageBits == storeBits {
+		s.cfg.Keep(uint64(s.current.first)+n, page)
+	}
 	if x == nil || s.pageBits != storeBits {
 		s.batch.addPage(word, block, page)
 		return
 	}
-	n := word >> storeBits
 	last := s.current.base(n)
 	tag := x.tag(page)
 	if slot, found := x.find(tag, page); found {

@@ -33,6 +33,11 @@ type SourceConfig struct {
 	// which allows as much, so that they need not be sent again.
 	Store int64
 
+	// Keep is called with the content of each page of 4 KiB that is not zeros, as
+	// often as it is sent, and its number among the pages of all blocks. It may be
+	// nil, and must not block.
+	Keep func(page uint64, content []byte)
+
 	// Pace is called before each read with the number of bytes that the last
 	// read returned, at most 64 KiB and 0 at first. While it blocks, QEMU's
 	// socket fills and QEMU sends no more. An error ends Run.

@@ -36,6 +36,7 @@ type Config struct {
 	// all of them.
 	Keep      time.Duration
 	KeepSpace int64
+	CopyDir   string // folder of the memory of guests that have left
 	// Seeds are the images whose content guests that arrive need not be sent.
 	Seeds seedLibrary
 	// Dial opens a session to a site by its name; Known names the site of a peer.

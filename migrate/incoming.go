@@ -16,6 +16,7 @@ import (
 	"github.com/wanmig/wanmig/blocksync"
 	"github.com/wanmig/wanmig/blocksync/nbd"
 	"github.com/wanmig/wanmig/blocksync/seed"
+	"github.com/wanmig/wanmig/compress"
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/memsync"
@@ -41,6 +42,7 @@ type incoming struct {
 	have    *blocksync.Content      // of what the destination holds
 	older   map[string]handoff.Copy // by target: images that stood here, and are brought up to date
 	kept    Kept
+	memory  *memorySeed   // that the guest had here; nil if it is not kept
 	seeds   []*seed.Image // whose content it holds too
 	disks   atomic.Int32  // that are not durable yet
 	durable chan struct{} // closed when every disk is
@@ -106,6 +108,14 @@ func (in *incoming) run(ctx context.Context) {
 		if err := in.have.Close(); err != nil {
 			in.log.Warn("memory of the content index not given back", "error", err)
 		}
+	}
+	if in.memory != nil {
+		if err := in.memory.Close(); err != nil {
+			in.log.Warn("copy of the guest's memory not closed", "error", err)
+		}
+	}
+	if in.entry.State == handoff.Running {
+		in.dropMemory(in.ask.UUID)
 	}
 	for _, img := range in.seeds {
 		if err := img.Close(); err != nil {
@@ -280,9 +290,16 @@ func (in *incoming) createDisks(ctx context.Context) error {
 		return err
 	}
 	in.have, in.entry.Created = have, paths
+	if !in.ask.Fresh {
+		if in.memory, err = in.openMemory(in.ask.UUID); err != nil {
+			in.log.Warn("the memory that the guest had here is not used", "error", err)
+		} else if in.memory != nil {
+			in.have.Seed(in.memory, compress.OnOld)
+		}
+	}
 	in.seeds = in.Seeds.Images()
 	for _, img := range in.seeds {
-		have.Seed(img)
+		have.Seed(img, compress.OnSeed)
 	}
 	if err := in.Journal.Put(in.entry); err != nil {
 		in.entry.Created, in.entry.Arriving = nil, nil

@@ -27,6 +27,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 		return err
 	}
 	e.decideRedirects(entries)
+	e.dropStrayMemory(entries)
 	e.work.Go(func() { e.keepSwept(ctx) })
 	for _, entry := range entries {
 		if entry.State.Final() {

@@ -31,7 +31,8 @@ type source struct {
 	plan      plan
 	redirect  redirecting
 	out       *hypervisor.Outgoing
-	cookie    []byte // libvirt's, of Perform
+	cookie    []byte        // libvirt's, of Perform
+	memory    *memoryWriter // that is kept here; nil if not
 	downtime  Downtime
 	verified  *Verified
 }
@@ -192,8 +193,17 @@ func (s *source) transfer(ctx context.Context) error {
 	} else {
 		s.entry.Remove = s.plan.remove
 	}
+	if s.req.KeepMemory {
+		s.entry.Keep = append(s.entry.Keep, handoff.Copy{Path: s.memoryPath(s.dom.UUID), VM: s.dom.Name, UUID: s.dom.UUID, Format: memoryFormat})
+	}
 	if err := s.record(&s.entry, handoff.Owner, s.move); err != nil {
 		return err
+	}
+	if s.req.KeepMemory {
+		var err error
+		if s.memory, err = s.keepMemory(s.dom.UUID); err != nil {
+			return s.step(handoff.Failed, err)
+		}
 	}
 	s.move.phase(PhasePrepare)
 	ready, err := s.prepare(ctx)
@@ -388,6 +398,9 @@ func (s *source) learn(ctx context.Context) (answer, error) {
 
 // resume lets the guest run here again, and gives the cause as an operator reads it.
 func (s *source) resume(ctx context.Context, cause error) error {
+	if s.memory != nil {
+		defer s.dropMemory(s.dom.UUID)
+	}
 	s.undoRedirect("the VM stays here")
 	if errors.Is(cause, ErrCancelled) {
 		cause = ErrCancelled // whatever part it interrupted
@@ -442,6 +455,11 @@ func (s *source) releaseGuest(ctx context.Context) error {
 		s.log.Warn("libvirt's Confirm, clearing the source by hand", "error", err)
 	}
 	s.out.Close()
+	if s.memory != nil {
+		if err := s.memory.close(); err != nil {
+			s.log.Warn("memory", "error", err)
+		}
+	}
 	err := s.clear(ctx, s.entry)
 	s.runHook(s.log, AfterResume, s.hookEnv())
 	return err

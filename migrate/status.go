@@ -34,7 +34,8 @@ type Request struct {
 	Networks   map[string]string `json:"networks,omitempty"` // bridge or network here = there
 	Storage    map[string]string `json:"storage,omitempty"`  // disk target, path or folder here = path or folder there
 	KeepSource bool              `json:"keep_source,omitempty"`
-	Paused     bool              `json:"paused,omitempty"` // land paused
+	KeepMemory bool              `json:"keep_memory,omitempty"` // of the guest, at the source
+	Paused     bool              `json:"paused,omitempty"`      // land paused
 	CopyCDROM  bool              `json:"copy_cdrom,omitempty"`
 	DryRun     bool              `json:"dry_run,omitempty"`
 	Verify     bool              `json:"verify,omitempty"` // compare the disks of both sides before the guest runs there

@@ -180,7 +180,11 @@ func (sy *syncer) stream(l net.Listener, ch *tunnel.Channel) error {
 	for _, d := range sy.disks {
 		d.outbox.Covered() // libvirt begins with memory when every mirror has caught up
 	}
-	memory := memsync.NewSource(memsync.SourceConfig{QEMU: conn, Frames: ch, Return: ch, Store: sy.pageStore, Pace: sy.pace, OnTail: sy.seal})
+	c := memsync.SourceConfig{QEMU: conn, Frames: ch, Return: ch, Store: sy.pageStore, Pace: sy.pace, OnTail: sy.seal}
+	if keeper := sy.s.memory; keeper != nil {
+		c.Keep = keeper.page
+	}
+	memory := memsync.NewSource(c)
 	sy.memory.Store(memory)
 	err = memory.Run(sy.ctx)
 	if err != nil && !errors.Is(err, memsync.ErrAborted) && sy.ctx.Err() == nil {

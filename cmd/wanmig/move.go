@@ -75,6 +75,7 @@ or unknown.
 	f.Var(mapping(req.Networks), "network", "attach what is on network or bridge SRC here to DST there; repeatable")
 	f.Var(mapping(req.Storage), "storage", "place disk, file or folder SRC at file or folder DST there; repeatable")
 	f.BoolVar(&req.KeepSource, "keep-source", false, "keep the disks at the source")
+	f.BoolVar(&req.KeepMemory, "keep-memory", false, "keep what the guest has in its memory at the source as well, for a move back")
 	f.BoolVar(&req.Verify, "verify", false, "compare the disks of both sites before the guest runs at the destination")
 	f.BoolVar(&req.Fresh, "fresh", false, "make the disks anew, also where the destination has an older copy of them")
 	f.BoolVar(&req.Paused, "paused", false, "leave the guest paused at the destination")

@@ -69,7 +69,7 @@ func TestOlderCopies(t *testing.T) {
 
 	// The next attempt.
 	write(lab.LocalDC)
-	again := w.reduced(lab.LocalDC, lab.RemoteDC, v, "--paused", "--keep-source")
+	again, _ := w.reduced(lab.LocalDC, lab.RemoteDC, v, "--paused", "--keep-source", "--keep-memory")
 	for i, format := range []string{"raw", "qcow2"} {
 		w.same(format, w.path(lab.LocalDC, v.Disks[i]), w.path(lab.RemoteDC, v.Disks[i]))
 	}
@@ -84,7 +84,7 @@ func TestOlderCopies(t *testing.T) {
 	write(lab.RemoteDC)
 
 	// The way back, to disks that were kept, and with one that is something else by now.
-	if kept := w.copies(lab.LocalDC); len(kept) != 2 || !kept[v.Disks[0]].Whole || !kept[v.Disks[0]].Until.IsZero() {
+	if kept := w.copies(lab.LocalDC); len(kept) != 3 || !kept[v.Disks[0]].Whole || !kept[v.Disks[0]].Until.IsZero() {
 		t.Fatalf("--keep-source left %+v", kept)
 	}
 	old := w.path(lab.LocalDC, v.Disks[1])
@@ -100,9 +100,15 @@ func TestOlderCopies(t *testing.T) {
 	if err := os.Rename(old+".aside", old); err != nil {
 		t.Fatal(err)
 	}
-	back := w.reduced(lab.RemoteDC, lab.LocalDC, v, "--paused", "--keep-source")
+	back, memory := w.reduced(lab.RemoteDC, lab.LocalDC, v, "--paused", "--keep-source")
 	for i, format := range []string{"raw", "qcow2"} {
 		w.same(format, w.path(lab.RemoteDC, v.Disks[i]), w.path(lab.LocalDC, v.Disks[i]))
+	}
+	if memory < 8<<20 {
+		t.Errorf("the move back found %d bytes of memory that the guest had here", memory)
+	}
+	if left := w.copies(lab.LocalDC); len(left) > 0 {
+		t.Errorf("what the guest has again is listed as copies: %+v", left)
 	}
 	if back < 0.85 || back == 1 {
 		t.Errorf("the move back found %.3f of the content", back)
@@ -111,21 +117,21 @@ func TestOlderCopies(t *testing.T) {
 	w.healthy(lab.LocalDC, v)
 
 	// --fresh takes none of it, and has the room of the copies.
-	if fresh := w.reduced(lab.LocalDC, lab.RemoteDC, v, "--fresh"); fresh != 0 {
+	if fresh, _ := w.reduced(lab.LocalDC, lab.RemoteDC, v, "--fresh"); fresh != 0 {
 		t.Errorf("--fresh found %.3f of the content in older copies", fresh)
 	}
 	w.healthy(lab.RemoteDC, v)
 }
 
 // reduced moves a guest and returns which part of its disks' content was in
-// older copies.
-func (w *world) reduced(from, to string, v *lab.VM, args ...string) float64 {
+// older copies, and how much of its memory.
+func (w *world) reduced(from, to string, v *lab.VM, args ...string) (disks float64, memory int64) {
 	w.t.Helper()
 	r := w.move(from, v.Name, to, args...)
 	d := r.Reduction.Disks
 	content := d.Disk.Bytes + d.Seed.Bytes + d.Old.Bytes + d.Compressed.Bytes + d.Raw.Bytes
-	w.t.Logf("%s to %s in %d ms, disks %+v", from, to, r.TotalMS, d)
-	return float64(d.Old.Bytes) / float64(max(content, 1))
+	w.t.Logf("%s to %s in %d ms, %+v", from, to, r.TotalMS, r.Reduction)
+	return float64(d.Old.Bytes) / float64(max(content, 1)), r.Reduction.Memory.Old.Bytes
 }
 
 func (w *world) resume(site, vm string) {

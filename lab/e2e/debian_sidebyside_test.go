@@ -48,7 +48,7 @@ func TestDebianSideBySide(t *testing.T) {
 	}
 	migrate("wanmig, nothing alike", "wanmig", lab.RemoteDC, lab.LocalDC, 1./4, 0.27)
 	w.seedDebian(lab.RemoteDC)
-	migrate("wanmig, another Debian as a seed", "wanmig", lab.LocalDC, lab.RemoteDC, 1./12, 0.04, "--keep-source")
+	migrate("wanmig, another Debian as a seed", "wanmig", lab.LocalDC, lab.RemoteDC, 1./12, 0.04, "--keep-source", "--keep-memory")
 	w.work(lab.RemoteDC, v, time.Minute)
 	migrate("wanmig, back after a minute of work", "wanmig", lab.RemoteDC, lab.LocalDC, 1./20, 0.02, "--keep-source")
 
