@@ -88,6 +88,39 @@ func (c *Content) Search(ctx context.Context, sums []compress.Fingerprint) (foun
 	return s.found, s.buf
 }
 
+// searchBlock reads into block what follows a page, wherever that may be, until
+// it is what is looked for.
+func (c *Content) searchBlock(ctx context.Context, first compress.Fingerprint, block []byte, is func() bool) compress.Origin {
+	if at, ok := c.index.Get(first); ok && c.readAt(ctx, at, block) && is() {
+		return compress.OnDisk
+	}
+	for _, x := range c.allSeeds() {
+		at, ok := x.find(first)
+		if ok && c.readAt(ctx, at, block) && is() {
+			return x.origin
+		}
+	}
+	return compress.Nowhere
+}
+
+// readAt reads whole pages at a place, if they are there.
+func (c *Content) readAt(ctx context.Context, at compress.Place, p []byte) bool {
+	src, first := c.source(at), int64(at&(1<<sourceBits-1))
+	return first+int64(len(p)/page) <= src.Size()/page && src.ReadAt(ctx, p, first*page) == nil
+}
+
+func (c *Content) allSeeds() []seed {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.seeds
+}
+
+// find tells where a page may be.
+func (s seed) find(f compress.Fingerprint) (compress.Place, bool) {
+	at, ok := s.Find(f)
+	return s.place + compress.Place(at), ok && at >= 0 && at < 1<<sourceBits
+}
+
 // search looks for pages that are not found yet.
 type search struct {
 	*Content
@@ -103,14 +136,8 @@ type search struct {
 func (s *search) run(ctx context.Context) {
 	s.places = make([]compress.Place, len(s.sums))
 	s.look(ctx, compress.OnDisk, s.index.Get)
-	s.mu.Lock()
-	seeds := s.seeds
-	s.mu.Unlock()
-	for _, x := range seeds {
-		s.look(ctx, x.origin, func(f compress.Fingerprint) (compress.Place, bool) {
-			at, ok := x.Find(f)
-			return x.place + compress.Place(at), ok && at >= 0 && at < 1<<sourceBits
-		})
+	for _, x := range s.allSeeds() {
+		s.look(ctx, x.origin, x.find)
 	}
 }
 

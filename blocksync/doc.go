@@ -20,9 +20,11 @@
 // the answer.
 //
 // Where the destination has an older copy of the disk, of a move that was
-// interrupted or from before the guest left, blocks of 64 KiB are offered first,
-// and pages where the blocks differ: an exchange of 0.03 % of what is the same.
-// What is found at its own place is not written again. The rest of the older copy
+// interrupted or from before the guest left, or images that its operator has
+// listed, blocks of 64 KiB are offered first, and pages where the blocks differ:
+// an exchange of 0.05 % of what is the same. A block is looked for at its own
+// place, and where its first page is. What is found at its own place is not
+// written again. The rest of the older copy
 // reads as zeros in the end, as a new disk does; it stays until the first
 // barrier, so that zeros which only prepare a disk do not destroy it.
 //
@@ -39,7 +41,7 @@
 //	2     data     extents, method u8, payload
 //	3     zero     extents, each: offset u64, length u64
 //	4     barrier  id u64, final u8
-//	5     offer    id u32, unit u8, extents, fingerprints of 16 bytes
+//	5     offer    id u32, unit u8, extents, fingerprints
 //	6     apply    id u32
 //	7     check    last u8, {segment u32, fingerprint of 16 bytes}...
 //
@@ -64,8 +66,8 @@
 //
 // offer carries a fingerprint of package compress for each whole unit, counted
 // from the disk's start, that lies in its extents, in their order. Unit 0 is a
-// page of 4 KiB, which may be anywhere at the destination; unit 1 a block of 64
-// KiB, which may be at the same place. held answers with two bits for each, the
+// page of 4 KiB; unit 1 a block of 64 KiB, which has the fingerprint of those of
+// its pages, and after it that of the first page. held answers with two bits for each, the
 // first the lowest of the first byte: 0 where the destination does not have the
 // content, else 1 for a disk of the move, 2 for an image that its operator has
 // listed, 3 for the same place. apply writes that; its place among the frames is
@@ -76,7 +78,7 @@
 // by itself: of a block that the mirror copies again only the pages that have
 // changed cross.
 //
-// ready answers open; its lowest bit tells that the disk has an older copy.
+// ready answers open; its lowest bit tells that blocks are worth offering.
 //
 // With verify 1 the disk is complete only when all of its segments of 1 MiB were
 // compared and not written to since. check carries digests of up to 256, and its

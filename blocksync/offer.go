@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/wanmig/wanmig/compress"
 )
 
@@ -14,6 +16,7 @@ type offer struct {
 	unit    int64
 	extents []extent
 	sums    []compress.Fingerprint // of the units
+	firsts  []compress.Fingerprint // of their first pages, if they are blocks
 	found   []compress.Origin      // likewise
 	buf     []byte                 // the units' content, one after the other
 	pages   []compress.Fingerprint // of the pages in buf
@@ -48,8 +51,9 @@ func (o *offers) take(ctx context.Context, acks frameWriter, body []byte) error 
 	return nil
 }
 
-// look finds what is held of an offer: at the same place of an older copy, and
-// single pages in all content.
+// look finds what is held of an offer: at the same place of an older copy, then
+// in all content. Single pages may be anywhere; a block is where its first page
+// is, or is taken for several pages.
 func (t *Target) look(ctx context.Context, x *offer) {
 	if t.old {
 		t.lookSame(ctx, x)
@@ -60,25 +64,60 @@ func (t *Target) look(ctx context.Context, x *offer) {
 		x.buf, x.pages = s.buf, x.sums
 		return
 	}
-	x.pages = make([]compress.Fingerprint, len(x.buf)/page)
-	for i := range x.pages {
-		if x.found[int64(i)*page/x.unit] != compress.Nowhere {
-			x.pages[i] = compress.Sum(x.buf[i*page : (i+1)*page])
+	x.room()
+	var g errgroup.Group
+	g.SetLimit(reads)
+	for i := range x.sums {
+		if x.found[i] == compress.Nowhere {
+			g.Go(func() error {
+				x.found[i] = t.have.searchBlock(ctx, x.firsts[i], x.content(i), func() bool { return x.isUnit(i) })
+				return nil
+			})
 		}
+	}
+	_ = g.Wait() // what can't be read is not found
+}
+
+// room is made for the content of all units.
+func (x *offer) room() {
+	if x.buf == nil {
+		x.buf = make([]byte, int64(len(x.sums))*x.unit)
+		x.pages = make([]compress.Fingerprint, len(x.buf)/page)
+	}
+}
+
+// content is the room for unit i.
+func (x *offer) content(i int) []byte { return x.buf[int64(i)*x.unit : int64(i+1)*x.unit] }
+
+// isUnit fingerprints the pages of unit i, and reports whether that is the one that
+// is offered.
+func (x *offer) isUnit(i int) bool {
+	pages := x.pages[int64(i)*x.unit/page : int64(i+1)*x.unit/page]
+	sumPages(pages, x.content(i))
+	if x.unit == page {
+		return pages[0] == x.sums[i]
+	}
+	return compress.SumOf(pages) == x.sums[i]
+}
+
+// sumPages puts the fingerprints of the pages of p into sums.
+func sumPages(sums []compress.Fingerprint, p []byte) {
+	for i := range sums {
+		sums[i] = compress.Sum(p[i*page : (i+1)*page])
 	}
 }
 
 // lookSame reads the disk where the offer's units will stand.
 func (t *Target) lookSame(ctx context.Context, x *offer) {
-	x.buf = make([]byte, int64(len(x.sums))*x.unit)
+	x.room()
 	var runs []extent
 	unitsOf(x.extents, x.unit, func(u, _ int64) { runs = appendExtent(runs, extent{u * x.unit, x.unit}, maxContent) })
-	i := int64(0)
+	i := 0
 	for _, e := range runs {
-		err := t.dev.ReadAt(ctx, x.buf[i*x.unit:][:e.length], e.offset)
+		err := t.dev.ReadAt(ctx, x.buf[int64(i)*x.unit:][:e.length], e.offset)
 		for range e.length / x.unit {
 			// What can't be read is not held.
-			if err == nil && compress.Sum(x.buf[i*x.unit:(i+1)*x.unit]) == x.sums[i] {
+			if err == nil && x.isUnit(i) {
 				x.found[i] = compress.OnOld
 			}
 			i++

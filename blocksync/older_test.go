@@ -78,6 +78,70 @@ func TestOlderCopy(t *testing.T) {
 	}
 }
 
+// arraySeed is an image whose index is complete.
+type arraySeed struct {
+	*disk
+	at map[compress.Fingerprint]int64
+}
+
+func newArraySeed(content []byte) *arraySeed {
+	s := &arraySeed{&disk{content: content}, map[compress.Fingerprint]int64{}}
+	for at := 0; at+page <= len(content); at += page {
+		s.at[compress.Sum(content[at:at+page])] = int64(at / page)
+	}
+	return s
+}
+
+func (s *arraySeed) Find(f compress.Fingerprint) (int64, bool) {
+	at, ok := s.at[f]
+	return at, ok
+}
+
+// What an image at the destination has is found in blocks, wherever it stands
+// there, and in pages where it is torn apart.
+func TestSeed(t *testing.T) {
+	const n = 4 << 20
+	content := noise(1, n)
+	torn := make([]byte, 0, 2*n)
+	for at := 0; at < n; at += 3 * page {
+		torn = append(torn, noise(uint64(at)+9, page)...)
+		torn = append(torn, content[at:min(at+3*page, n)]...)
+	}
+	for name, tt := range map[string]struct {
+		image []byte
+		wire  int64
+	}{
+		"elsewhere":       {append(noise(2, 5*page), content...), n / 1600},
+		"not in blocks":   {append(noise(2, sectorSize), content...), n + n/150},
+		"torn apart":      {torn, n / 150},
+		"shorter by half": {content[:n/2], n/2 + n/200},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				d := newDisk(n)
+				x := newTransfer(t, d, newBudget(t, 2*n, 0))
+				have := newContent(t, n)
+				have.Seed(newArraySeed(tt.image), compress.OnSeed)
+				x.target = NewTarget(d, have, false)
+				x.outbox.bulk = true
+				x.start(t.Context())
+				synctest.Wait()
+				mustWrite(t, x.outbox, content, 0)
+				synctest.Wait()
+				if err := errors.Join(x.finish(), x.settled()); err != nil {
+					t.Fatal(err)
+				}
+				if !bytes.Equal(d.content, content) {
+					t.Error("content differs")
+				}
+				if s := x.outbox.Stats(); s.Wire > tt.wire || s.Reduction.Seed.Bytes != s.Held {
+					t.Errorf("%d bytes crossed, want %d at most; %+v", s.Wire, tt.wire, s.Reduction)
+				}
+			})
+		})
+	}
+}
+
 // What an offer was answered with counts when it is applied, whatever was written
 // in between.
 func TestOlderCopyWrittenMeanwhile(t *testing.T) {

@@ -38,7 +38,7 @@ type Outbox struct {
 	bulk     bool        // what was written before Covered is not all taken yet
 	above    int64       // offerAbove
 	image    *image      // the sender's
-	old      atomic.Bool // the destination has an older copy
+	alike    atomic.Bool // the destination has content that may be alike in blocks
 	err      error       // why nothing is accepted any more
 
 	barrier uint64 // the last one asked for

@@ -138,7 +138,7 @@ func (o *Outbox) run(ctx context.Context, frames frameWriter, acks frameReader) 
 			}
 			o.recall(j)
 			unit := int64(page)
-			if o.old.Load() && countUnits(j.extents, blockUnit) > 0 {
+			if o.alike.Load() && countUnits(j.extents, blockUnit) > 0 {
 				unit = blockUnit
 			}
 			offered := j.offered && j.offer(unit) // before another has j
@@ -297,6 +297,9 @@ func (o *Outbox) take(ctx context.Context, j *job) error {
 				j.offered = true
 			}
 		}
+		if bulk && len(j.taken) > 0 {
+			o.change.broadcast() // the mirror may go on
+		}
 		if len(j.taken) > 0 || len(j.zeros) > 0 || len(j.checks) > 0 || j.barrier.barrier != 0 {
 			return nil
 		}
@@ -432,12 +435,7 @@ func (j *job) offer(unit int64) bool {
 		id += maxJobs
 	}
 	j.unit, j.offers = unit, append(j.offers, id)
-	sums := j.sums
-	if unit != page {
-		sums = nil
-		unitsOf(j.extents, unit, func(_, at int64) { sums = append(sums, compress.Sum(j.raw[at:at+unit])) })
-	}
-	j.offerFrame = appendOffer(j.offerFrame[:0], id, unit, j.extents, sums)
+	j.offerFrame = appendOffer(j.offerFrame[:0], id, unit, j.extents, j.sums)
 	j.offering += int64(len(j.offerFrame)) + applySize
 	return true
 }
@@ -587,7 +585,7 @@ func (o *Outbox) readAcks(ctx context.Context, acks frameReader, held func(ack) 
 		}
 		switch a.kind {
 		case ackReady:
-			o.old.Store(a.old)
+			o.alike.Store(a.blocks)
 			continue
 		case ackChecked:
 			if err := o.compared(a); err != nil {

@@ -125,7 +125,9 @@ func (t *Target) run(ctx context.Context, frames frameReader, acks frameWriter) 
 	if err := t.learnZeros(ctx); err != nil {
 		return err
 	}
-	if err := acks.Send(ctx, appendReady(nil, t.old)); err != nil {
+	// With nothing but this move's own content blocks are not worth the question.
+	blocks := t.old || len(t.have.allSeeds()) > 0
+	if err := acks.Send(ctx, appendReady(nil, blocks)); err != nil {
 		return fmt.Errorf("answer open: %w", err)
 	}
 

@@ -367,6 +367,35 @@ func TestBackPressure(t *testing.T) {
 	})
 }
 
+// The mirror's first pass is only a little ahead of the link, and waits for it.
+func TestFirstPassIsNotFarAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const n = 64
+		x := newTransfer(t, newDisk(n*blockSize), newBudget(t, n*blockSize, 0))
+		x.outbox.bulk, x.outbox.bulkRoom = true, 4*blockSize
+		var done atomic.Bool
+		go func() {
+			for i := range int64(n) {
+				mustWrite(t, x.outbox, noise(uint64(i), blockSize), i*blockSize)
+			}
+			x.outbox.Covered()
+			done.Store(true)
+		}()
+		synctest.Wait()
+		if p := x.outbox.Stats().PendingMemory; p != 4*blockSize {
+			t.Errorf("%d bytes wait, %d may", p, 4*blockSize)
+		}
+		x.start(t.Context())
+		synctest.Wait()
+		if !done.Load() {
+			t.Error("the mirror waits though nothing is in its way")
+		}
+		if err := errors.Join(x.finish(), x.settled()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestBudgetIsShared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBudget(t, blockSize, 0)

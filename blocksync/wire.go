@@ -148,9 +148,12 @@ func parseData(list []extent, body []byte, disk int64) (_ []extent, n int64, m c
 	return list, n, compress.Method(body[0]), body[1:], nil
 }
 
-// blockUnit is the larger of the two units that are offered: what is the same at
-// the same place is mostly so in long runs.
-const blockUnit = 16 * page
+// blockUnit is the larger of the two units that are offered: what is the same is
+// mostly so in long runs.
+const (
+	blockUnit  = blockPages * page
+	blockPages = 16
+)
 
 // unitsOf calls f with each whole unit of the extents, counted from the disk's
 // start: which it is, and where it is in the extents' content.
@@ -170,19 +173,38 @@ func countUnits(list []extent, unit int64) (n int) {
 	return n
 }
 
-// appendOffer appends an offer frame of units with their fingerprints.
+// appendOffer appends an offer frame of the whole pages, or blocks, in list by the
+// fingerprints of its whole pages.
 func appendOffer(dst []byte, id uint32, unit int64, list []extent, sums []compress.Fingerprint) []byte {
 	dst = binary.BigEndian.AppendUint32(append(dst, frameOffer), id)
-	if unit == page {
-		dst = append(dst, 0)
-	} else {
-		dst = append(dst, 1)
-	}
+	dst = append(dst, flag(unit == blockUnit))
 	dst = appendExtents(dst, list)
-	for i := range sums {
-		dst = append(dst, sums[i][:]...)
+	if unit == page {
+		for i := range sums {
+			dst = append(dst, sums[i][:]...)
+		}
+		return dst
 	}
+	i := 0
+	unitsOf(list, page, func(p, _ int64) {
+		if i++; inBlock(list, p) && p%blockPages == blockPages-1 {
+			pages := sums[i-blockPages : i]
+			block := compress.SumOf(pages)
+			dst = append(append(dst, block[:]...), pages[0][:]...)
+		}
+	})
 	return dst
+}
+
+// inBlock reports whether the block of a page lies whole in one of the extents.
+func inBlock(list []extent, p int64) bool {
+	from := p / blockPages * blockUnit
+	for _, e := range list {
+		if e.offset <= from && from+blockUnit <= e.end() {
+			return true
+		}
+	}
+	return false
 }
 
 // parseOffer reads the body of an offer frame.
@@ -190,9 +212,11 @@ func parseOffer(body []byte, disk int64) (id uint32, x *offer, err error) {
 	if len(body) < 5 || body[4] > 1 {
 		return 0, nil, fmt.Errorf("%w: offer % x", ErrFrame, body[:min(len(body), 5)])
 	}
+	const size = len(compress.Fingerprint{})
 	x = &offer{unit: page}
+	each := size
 	if body[4] == 1 {
-		x.unit = blockUnit
+		x.unit, each = blockUnit, 2*size
 	}
 	id = binary.BigEndian.Uint32(body)
 	x.extents, _, body, err = parseExtents(nil, body[5:], disk)
@@ -200,13 +224,18 @@ func parseOffer(body []byte, disk int64) (id uint32, x *offer, err error) {
 		return 0, nil, err
 	}
 	units := countUnits(x.extents, x.unit)
-	const size = len(compress.Fingerprint{})
-	if len(body) != units*size {
+	if len(body) != units*each {
 		return 0, nil, fmt.Errorf("%w: %d bytes of fingerprints of %d units", ErrFrame, len(body), units)
 	}
 	x.sums = make([]compress.Fingerprint, units)
+	if x.unit == blockUnit {
+		x.firsts = make([]compress.Fingerprint, units)
+	}
 	for i := range x.sums {
-		copy(x.sums[i][:], body[i*size:])
+		copy(x.sums[i][:], body[i*each:])
+		if x.unit == blockUnit {
+			copy(x.firsts[i][:], body[i*each+size:])
+		}
 	}
 	return id, x, nil
 }
@@ -290,8 +319,8 @@ func heldAt(held []byte, i int) compress.Origin {
 }
 
 // appendReady appends the answer to open.
-func appendReady(dst []byte, old bool) []byte {
-	return append(dst, ackReady, flag(old))
+func appendReady(dst []byte, blocks bool) []byte {
+	return append(dst, ackReady, flag(blocks))
 }
 
 // appendChecks appends the digests of segments. The last have to be the same.
@@ -349,7 +378,7 @@ type ack struct {
 	id      uint64
 	applied uint64
 	held    []byte
-	old     bool
+	blocks  bool
 	results []result
 	text    string
 }
@@ -367,7 +396,7 @@ func parseAck(frame []byte) (ack, error) {
 	case a.kind == ackHeld && len(body) >= 4 && len(body) <= 4+maxPages/4:
 		a.id, a.held = uint64(binary.BigEndian.Uint32(body)), body[4:]
 	case a.kind == ackReady && len(body) == 1 && body[0] <= 1:
-		a.old = body[0] == 1
+		a.blocks = body[0] == 1
 	case a.kind == ackChecked && len(body) > 0 && len(body)%5 == 0 && len(body)/5 <= maxChecks:
 		for p := body; len(p) > 0; p = p[5:] {
 			if p[4] > 1 {

@@ -40,7 +40,7 @@ func script() [][]byte {
 
 func offerOf(id uint32, unit int64, list []extent, content []byte) []byte {
 	var sums []compress.Fingerprint
-	unitsOf(list, unit, func(_, at int64) { sums = append(sums, compress.Sum(content[at:at+unit])) })
+	unitsOf(list, page, func(_, at int64) { sums = append(sums, compress.Sum(content[at:at+page])) })
 	return appendOffer(nil, id, unit, list, sums)
 }
 
@@ -137,6 +137,23 @@ func TestWireFormat(t *testing.T) {
 		if got := hex.EncodeToString(tt.frame); got != strings.ReplaceAll(tt.want, " ", "") {
 			t.Errorf("%s: %s, want %s", tt.name, got, tt.want)
 		}
+	}
+}
+
+// A block is offered by its pages' fingerprints, and by the first of them.
+func TestOfferOfBlocks(t *testing.T) {
+	content := noise(1, 40*page)
+	frame := offerOf(9, blockUnit, []extent{{page, 35 * page}}, content[page:36*page])
+	id, x, err := parseOffer(frame[1:], testDisk)
+	if err != nil || id != 9 || x.unit != blockUnit || len(x.sums) != 1 || len(x.firsts) != 1 {
+		t.Fatalf("%d %+v %v", id, x, err)
+	}
+	var sums []compress.Fingerprint
+	for at := 16 * page; at < 32*page; at += page {
+		sums = append(sums, compress.Sum(content[at:at+page]))
+	}
+	if x.sums[0] != compress.SumOf(sums) || x.firsts[0] != sums[0] {
+		t.Errorf("fingerprints %x, %x", x.sums[0], x.firsts[0])
 	}
 }
 
@@ -341,7 +358,7 @@ func FuzzAck(f *testing.F) {
 		case ackHeld:
 			again = append(binary.BigEndian.AppendUint32([]byte{ackHeld}, uint32(a.id)), a.held...)
 		case ackReady:
-			again = appendReady(nil, a.old)
+			again = appendReady(nil, a.blocks)
 		case ackFailure:
 			if again = appendFailure(nil, a.text); a.text != string(b[1:]) {
 				return // not printable

@@ -24,6 +24,18 @@ func Sum(page []byte) (f Fingerprint) {
 	return f
 }
 
+// SumOf returns the fingerprint of pages by theirs: that of what these say, one
+// after the other.
+func SumOf(pages []Fingerprint) Fingerprint {
+	h := sha256.New()
+	for i := range pages {
+		h.Write(pages[i][:])
+	}
+	var f Fingerprint
+	copy(f[:], h.Sum(nil))
+	return f
+}
+
 // Origin tells where the destination of a move has the content of a fingerprint.
 type Origin uint8
 

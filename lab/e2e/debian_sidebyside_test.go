@@ -18,7 +18,7 @@ import (
 // the destination. The limits are parts of what virsh took.
 func TestDebianSideBySide(t *testing.T) {
 	w := newWorld(t, "100mbit", "50ms")
-	v := w.vm(lab.VMOptions{Name: "db", Image: lab.Debian, Progress: func(line string) { fmt.Println(line) }})
+	v := w.vm(lab.VMOptions{Name: "db", Image: lab.Debian, WorkingSet: 1 << 20, Progress: func(line string) { fmt.Println(line) }})
 	time.Sleep(15 * time.Second) // what starts with the system and ends again
 
 	type limited struct {
