@@ -192,8 +192,18 @@ func (e *Engine) checkIncoming(ctx context.Context, ask check) []Finding {
 		older = older && (fits(c, d) || ask.Fresh || !c.Kept())
 		spec.Disks = append(spec.Disks, hypervisor.IncomingDisk{Target: d.Target, Allocated: d.Allocated, Older: older, DiskSpec: d.spec()})
 	}
+	var older []Finding
+	for _, d := range spec.Disks {
+		switch {
+		case d.Older && ask.Fresh:
+			older = append(older, Finding{Check: "disk " + d.Target, Problem: "an older copy of it stands at " + d.Path + " there, and is removed first"})
+		case d.Older:
+			older = append(older, Finding{Check: "disk " + d.Target, Problem: "an older copy of it stands at " + d.Path + " there: it is brought up to date, and what is the same is not sent"})
+		}
+	}
 	found, err := e.Host.CheckIncoming(ctx, spec)
 	findings := convert(found, err, "checks at the destination", "start libvirtd there: wanmig site check shows more")
+	findings = append(findings, older...)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if other, taken := e.busy[ask.UUID]; taken {

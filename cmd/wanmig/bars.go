@@ -154,7 +154,7 @@ func drawFrame(m migrate.Status, width int, st style, now time.Time) (head strin
 	for _, d := range m.Disks {
 		rows = append(rows, row{
 			name: runewidth.Truncate(printable(d.Target), 12, tail), amount: sizeOf(d.Done, d.Size), rate: unless(d.Rate == 0, rate(d.Rate)),
-			facts: []string{unless(d.Pending == 0, size(d.Pending)+" pending"), unless(d.Spooled == 0, size(d.Spooled)+" spooled")},
+			facts: []string{unless(d.Pending == 0, size(d.Pending)+" pending"), unless(d.Spooled == 0, size(d.Spooled)+" spooled"), found(d)},
 			part:  d.Done, whole: d.Size,
 		})
 	}

@@ -142,6 +142,8 @@ func diskTotals(m migrate.Status) (t migrate.Disk) {
 		t.Size += d.Size
 		t.Done += d.Done
 		t.Pending += d.Pending
+		t.Sent += d.Sent
+		t.Held += d.Held
 	}
 	return t
 }

@@ -40,7 +40,7 @@ func progressLine(m migrate.Status, now time.Time) string {
 	parts := []string{fmt.Sprintf("%s %s: %s", name(m.VM), state(m), clock(elapsed(m, now)))}
 	if m.Phase == migrate.PhaseSync || m.Phase == migrate.PhaseHandoff {
 		if d := diskTotals(m); d.Size > 0 {
-			parts = append(parts, join(", ", "disks "+sizeOf(d.Done, d.Size), unless(d.Pending == 0, size(d.Pending)+" pending")))
+			parts = append(parts, join(", ", "disks "+sizeOf(d.Done, d.Size), unless(d.Pending == 0, size(d.Pending)+" pending"), found(d)))
 		}
 		for _, d := range m.Disks {
 			if d.Problem != "" {
@@ -69,6 +69,11 @@ func memoryRound(m migrate.Memory) string {
 
 func dirtying(m migrate.Memory) string {
 	return unless(m.DirtyRate == 0, "dirty "+rate(m.DirtyRate))
+}
+
+// found is how much of a disk's content the destination had.
+func found(d migrate.Disk) string {
+	return unless(d.Held == 0, percent(d.Held, d.Sent)+" there already")
 }
 
 func held(m migrate.Memory) string { return unless(!m.Held, "held for disks") }

@@ -23,7 +23,7 @@ func syncing() migrate.Status {
 	return migrate.Status{
 		Move: "m1", Role: "source", VM: "web", Peer: "remote-dc", Phase: migrate.PhaseSync, Started: began, ETAMS: 40_000,
 		Disks: []migrate.Disk{
-			{Target: "vda", Size: 4 << 30, Done: 1288490189, Pending: 120 << 20, Spooled: 20 << 20, Rate: 11 << 20},
+			{Target: "vda", Size: 4 << 30, Done: 1288490189, Sent: 1 << 30, Held: 400 << 20, Pending: 120 << 20, Spooled: 20 << 20, Rate: 11 << 20},
 			{Target: "a-disk-with-a-long-name", Size: 1 << 40, Done: 1 << 20, Rate: 999 << 10},
 		},
 		Memory: migrate.Memory{Size: 1 << 30, Remaining: 310 << 20, Rate: 8 << 20, DirtyRate: 1 << 20, Round: 2, Held: true},

@@ -26,7 +26,7 @@ func describe(m migrate.Status, now time.Time) string {
 	}
 	for _, d := range m.Disks {
 		fmt.Fprintf(&b, "  %-10s %s\n", printable(d.Target), join(", ", "done "+sizeOf(d.Done, d.Size), percent(d.Done, d.Size), rate(d.Rate),
-			unless(d.Pending == 0, size(d.Pending)+" pending"), unless(d.Spooled == 0, size(d.Spooled)+" spooled"), oneLine(d.Problem)))
+			unless(d.Pending == 0, size(d.Pending)+" pending"), unless(d.Spooled == 0, size(d.Spooled)+" spooled"), found(d), oneLine(d.Problem)))
 	}
 	if m.Memory.Size > 0 {
 		fmt.Fprintf(&b, "  %-10s %s\n", "memory", join(", ", memoryLeft(m.Memory)+" of "+size(m.Memory.Size), rate(m.Memory.Rate),
