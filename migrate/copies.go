@@ -103,7 +103,7 @@ func (e *Engine) keepArrived(entry handoff.Entry) (remove []string, bytes int64)
 		e.Log.Error("copies of disks not known", "error", err)
 	}
 	for _, c := range all {
-		if slices.ContainsFunc(list, func(mine handoff.Copy) bool { return mine.Path == c.Path }) {
+		if slices.ContainsFunc(list, func(mine handoff.Copy) bool { return mine.Path == c.Path }) && unchanged(c) {
 			allocated, _ := identify(&c)
 			bytes += allocated
 			remove = slices.DeleteFunc(slices.Clone(remove), func(path string) bool { return path == c.Path })
@@ -134,8 +134,10 @@ func (e *Engine) Copies() ([]Copy, error) {
 	all, err := e.Journal.Copies()
 	list := make([]Copy, 0, len(all))
 	for _, c := range all {
-		allocated, _ := identify(&c)
-		list = append(list, Copy{c, allocated})
+		now := c
+		if allocated, err := identify(&now); err == nil && now == c {
+			list = append(list, Copy{c, allocated})
+		}
 	}
 	return list, err
 }
@@ -155,17 +157,52 @@ func (e *Engine) RemoveCopies(ctx context.Context, vm string) (int, error) {
 		if c.VM != vm && c.UUID != vm {
 			continue
 		}
-		if err := e.Host.RemoveDisk(ctx, c.Path); err != nil {
-			return n, err
+		if unchanged(c) {
+			if err := e.Host.RemoveDisk(ctx, c.Path); err != nil {
+				return n, err
+			}
+			n++
 		}
 		e.forget(c, "an operator has removed it")
-		n++
 	}
 	return n, nil
 }
 
-// sweepCopies forgets copies that have changed, and removes those whose time is
-// over, or that take more room than they may: the oldest first.
+// standing is a copy as it is found.
+type standing struct {
+	handoff.Copy
+	unchanged bool
+	storage   int64
+	room      bool // its file system is not nearly full
+}
+
+// surplus tells which copies go, and why: those whose time is over, and of those
+// that take too much room the oldest.
+func surplus(all []standing, now time.Time, space int64) map[string]string {
+	gone := map[string]string{}
+	all = slices.Clone(all)
+	slices.SortFunc(all, func(a, b standing) int { return b.Since.Compare(a.Since) })
+	var taken int64
+	for _, c := range all { // the newest first
+		switch {
+		case c.Kept():
+			continue
+		case now.After(c.Until):
+			gone[c.Path] = "its time is over"
+		case !c.unchanged: // it may come back: its file system may not be mounted
+			continue
+		case taken+c.storage > space:
+			gone[c.Path] = "copies take more than reduction.keep_space"
+		case !c.room:
+			gone[c.Path] = "its file system is nearly full"
+		default:
+			taken += c.storage
+		}
+	}
+	return gone
+}
+
+// sweepCopies removes what is surplus. What has changed is not its to remove.
 func (e *Engine) sweepCopies() {
 	e.copies.Lock()
 	defer e.copies.Unlock()
@@ -174,36 +211,25 @@ func (e *Engine) sweepCopies() {
 		e.Log.Error("copies of disks not known", "error", err)
 		return
 	}
-	slices.SortFunc(all, func(a, b handoff.Copy) int { return b.Since.Compare(a.Since) })
-	var taken int64
-	for _, c := range all { // the newest first
+	var list []standing
+	for _, c := range all {
 		now := c
-		allocated, err := identify(&now)
-		if err != nil || now != c {
-			e.forget(c, "it has changed")
+		storage, err := identify(&now)
+		list = append(list, standing{c, err == nil && now == c, storage, roomBeside(c.Path)})
+	}
+	gone := surplus(list, time.Now(), e.KeepSpace)
+	for _, c := range list {
+		why := gone[c.Path]
+		if why == "" {
 			continue
 		}
-		if c.Kept() {
-			continue
+		if c.unchanged {
+			if err := e.Host.RemoveDisk(context.Background(), c.Path); err != nil {
+				e.Log.Error("older copy not removed", "error", err)
+				continue
+			}
 		}
-		taken += allocated
-		why := ""
-		switch {
-		case time.Now().After(c.Until):
-			why = "its time is over"
-		case taken > e.KeepSpace:
-			why = "copies take more than reduction.keep_space"
-		case !roomBeside(c.Path):
-			why = "its file system is nearly full"
-		default:
-			continue
-		}
-		taken -= allocated
-		if err := e.Host.RemoveDisk(context.Background(), c.Path); err != nil {
-			e.Log.Error("older copy not removed", "error", err)
-			continue
-		}
-		e.forget(c, why)
+		e.forget(c.Copy, why)
 	}
 }
 

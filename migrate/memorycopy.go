@@ -71,7 +71,9 @@ func (e *Engine) dropMemory(uuid string) {
 		e.Log.Error("a copy of a guest's memory is not removed", "error", err)
 		return
 	}
-	e.sweepCopies()
+	if err := e.Journal.DropCopy(path); err != nil {
+		e.Log.Error("a copy of a guest's memory is not forgotten", "error", err)
+	}
 }
 
 // dropStrayMemory removes what an agent that was killed left of memory that

@@ -116,11 +116,32 @@ func TestOlderCopies(t *testing.T) {
 	w.resume(lab.LocalDC, "returner")
 	w.healthy(lab.LocalDC, v)
 
+	// What is not wanted can be removed.
+	if _, complaint, status := w.run(lab.RemoteDC, "wanmig", "copies", "remove", "nobody"); status == 0 || !strings.Contains(complaint, "nobody") {
+		t.Errorf("copies of nobody: status %d, %q", status, complaint)
+	}
+	if kept := w.copies(lab.RemoteDC); len(kept) != 2 {
+		t.Errorf("--keep-source left %+v", kept)
+	}
+
 	// --fresh takes none of it, and has the room of the copies.
 	if fresh, _ := w.reduced(lab.LocalDC, lab.RemoteDC, v, "--fresh"); fresh != 0 {
 		t.Errorf("--fresh found %.3f of the content in older copies", fresh)
 	}
 	w.healthy(lab.RemoteDC, v)
+
+	// An attempt that is given up and forgotten.
+	move = w.beginAt(lab.RemoteDC, "returner", lab.LocalDC)
+	w.await(lab.RemoteDC, move, "disks on their way", func(s migrate.Status) bool { return len(s.Disks) > 0 && s.Disks[0].Done > 8<<20 })
+	w.wanmig(lab.RemoteDC, "cancel", move)
+	w.await(lab.RemoteDC, move, "its end", final)
+	if kept := w.copies(lab.LocalDC); len(kept) == 0 {
+		t.Error("nothing is kept")
+	}
+	w.wanmig(lab.LocalDC, "copies", "remove", "returner")
+	if left := w.images(lab.LocalDC); len(left) > 0 || len(w.copies(lab.LocalDC)) > 0 {
+		t.Errorf("copies that were removed are there: %q", left)
+	}
 }
 
 // reduced moves a guest and returns which part of its disks' content was in

@@ -178,7 +178,12 @@ func (w *world) move(site, vm, to string, args ...string) migrate.Result {
 // begin starts a move and leaves it to the agent.
 func (w *world) begin(vm string, args ...string) (move string) {
 	w.t.Helper()
-	return strings.TrimSpace(w.wanmig(lab.LocalDC, append([]string{"move", vm, "--to", lab.RemoteDC, "--detach"}, args...)...))
+	return w.beginAt(lab.LocalDC, vm, lab.RemoteDC, args...)
+}
+
+func (w *world) beginAt(site, vm, to string, args ...string) (move string) {
+	w.t.Helper()
+	return strings.TrimSpace(w.wanmig(site, append([]string{"move", vm, "--to", to, "--detach"}, args...)...))
 }
 
 // status reads a move from the agent of a site.
