@@ -157,6 +157,10 @@ func (w *world) killAfterTail(v *lab.VM) {
 func (w *world) fullDisk(v *lab.VM) {
 	const size = "size=24m"
 	images := "/var/lib/libvirt/images"
+	// A file system mounted above them would hide the copies of the moves before.
+	if len(w.copies(lab.RemoteDC)) > 0 {
+		w.wanmig(lab.RemoteDC, "copies", "remove", v.Name)
+	}
 	if _, complaint, status := w.run(lab.RemoteDC, "mount", "-t", "tmpfs", "-o", size, "tmpfs", images); status != 0 {
 		w.t.Fatal(complaint)
 	}

@@ -16,6 +16,7 @@ import (
 // TestMoves moves guests of every kind, live and under load. They land paused,
 // so that the images of both sites can be compared, and go on afterwards.
 func TestMoves(t *testing.T) {
+	t.Parallel() // beside the redirects, which mostly wait
 	w := newWorld(t, "400mbit", "20ms")
 	const size = "256MiB"
 	cases := []struct {

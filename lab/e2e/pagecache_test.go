@@ -13,6 +13,7 @@ import (
 // TestPageCache moves a guest that has a file of its disk in memory. The disk
 // carries it, and memory's pages of it are found there.
 func TestPageCache(t *testing.T) {
+	t.Parallel() // beside the redirects, which mostly wait
 	w := newWorld(t, "400mbit", "20ms")
 	const write, file = 32 << 20, 64 << 20
 	v := w.vm(lab.VMOptions{Name: "cache", Memory: 512 << 20, WorkingSet: 16 << 20, Write: write, Disks: []lab.DiskOptions{disk(t, "512MiB")}})
