@@ -141,12 +141,12 @@ func (e *Engine) receive(ctx context.Context, session *tunnel.Session, ctl *cont
 	if again {
 		return fmt.Errorf("move %s was here before: start a new one", ask.Move)
 	}
+	e.awaitEnding(ctx, ask.UUID)
 	if err := e.claim(ask.UUID, m); err != nil {
 		_ = ctl.send(ctx, kindAborted, reason{err.Error()})
 		awaitEnd(session)
 		return err
 	}
-	defer e.release(ask.UUID, m)
 	in := &incoming{Engine: e, move: m, ask: ask, session: session, ctl: ctl, events: make(chan inEvent), durable: make(chan struct{}), answered: kindUndecided,
 		log: e.Log.With("move", ask.Move, "vm", ask.Name, "from", e.Known(session.Peer())),
 		entry: handoff.Entry{Move: ask.Move, VM: ask.Name, UUID: ask.UUID, Site: e.Known(session.Peer()),
@@ -160,6 +160,7 @@ func (e *Engine) receive(ctx context.Context, session *tunnel.Session, ctl *cont
 		e.mu.Unlock()
 	}()
 	in.run(ctx)
+	e.release(ask.UUID, m) // the source may take its time to end the session
 	awaitEnd(session)
 	return nil
 }
@@ -186,6 +187,7 @@ func (e *Engine) answerCheck(ctx context.Context, session *tunnel.Session, ask c
 func (e *Engine) checkIncoming(ctx context.Context, ask check) []Finding {
 	ctx, cancel := context.WithTimeout(ctx, 45*time.Second)
 	defer cancel()
+	e.awaitEnding(ctx, ask.UUID)
 	spec := hypervisor.IncomingSpec{SourceHost: ask.Host, CPU: ask.CPU, XML: ask.XML}
 	for _, d := range ask.Disks {
 		c, older := e.olderCopy(ask.UUID, d)

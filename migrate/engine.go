@@ -182,6 +182,7 @@ func (e *Engine) Start(ctx context.Context, req Request) (*Move, error) {
 		cancel(nil)
 		return nil, err
 	}
+	e.awaitEnding(ctx, dom.UUID)
 	if err := e.claim(dom.UUID, m); err != nil {
 		e.work.Done()
 		cancel(nil)
@@ -195,6 +196,28 @@ func (e *Engine) Start(ctx context.Context, req Request) (*Move, error) {
 		e.release(dom.UUID, m)
 	}()
 	return m, nil
+}
+
+// endingWait is how long what a move has left to clear may take when its end has
+// been told.
+const endingWait = 10 * time.Second
+
+// awaitEnding waits for a move of a domain whose end has been told, and which has
+// something left to clear here: whoever was told may start the next one at once.
+func (e *Engine) awaitEnding(ctx context.Context, uuid string) {
+	ending := func() bool {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		m := e.moves[e.busy[uuid]]
+		return m != nil && m.Status().Phase.Final()
+	}
+	for until := time.Now().Add(endingWait); ending() && time.Now().Before(until); {
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // claim reserves a domain for a move and lists the move.
@@ -214,7 +237,7 @@ func (e *Engine) claim(uuid string, m *Move) error {
 func (e *Engine) release(uuid string, m *Move) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if m.Status().Phase.Final() {
+	if s := m.Status(); s.Phase.Final() && e.busy[uuid] == s.Move {
 		delete(e.busy, uuid)
 	}
 }
