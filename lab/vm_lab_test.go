@@ -89,6 +89,20 @@ func wantNoErrors(t *testing.T, result *api.Verification) {
 
 const testDirty, testWrite = 4 << 20, 1 << 20
 
+// awaitAnswer waits until a probe has heard of its guest.
+func awaitAnswer(t *testing.T, p *Probe) {
+	t.Helper()
+	for until := time.Now().Add(20 * time.Second); time.Now().Before(until); time.Sleep(5 * time.Millisecond) {
+		p.mu.Lock()
+		answers := p.meter.result.Answers
+		p.mu.Unlock()
+		if answers > 0 {
+			return
+		}
+	}
+	t.Fatal("no echo is answered")
+}
+
 func TestGuestVerifiesItselfUnderLoad(t *testing.T) {
 	l := makeLab(t, DefaultLink())
 	v := createVM(t, l, VMOptions{Name: "web", Dirty: testDirty, Write: testWrite, Disks: []DiskOptions{
@@ -101,6 +115,7 @@ func TestGuestVerifiesItselfUnderLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	site := l.Sites[LocalDC]
+	awaitAnswer(t, probe) // or there is nothing before the stop
 	if _, err := site.virsh(t.Context(), nil, "suspend", v.UUID); err != nil {
 		t.Fatal(err)
 	}
