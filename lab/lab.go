@@ -64,6 +64,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -219,11 +220,22 @@ func (l *Lab) LinkState(ctx context.Context) (LinkState, error) {
 
 // ChangeLink changes the link while it runs.
 func (l *Lab) ChangeLink(ctx context.Context, change LinkChange) error {
-	if change.Cut != nil && *change.Cut == nil {
-		change.Cut = &[]string{} // as JSON, nil would mean that it stays
+	for _, list := range []**[]string{&change.Cut, &change.Block, &change.NAT} {
+		if *list != nil && **list == nil {
+			*list = &[]string{} // as JSON, nil would mean that it stays
+		}
 	}
 	if err := l.call(ctx, "PATCH", "/v1/link", change, nil); err != nil {
 		return fmt.Errorf("change link: %w", err)
+	}
+	return nil
+}
+
+// Rebind has the NAT before a site use other ports from now on for what the
+// site has begun, as if it had been restarted.
+func (l *Lab) Rebind(ctx context.Context, site string) error {
+	if err := l.call(ctx, "POST", "/v1/link/rebind/"+url.PathEscape(site), nil, nil); err != nil {
+		return fmt.Errorf("rebind NAT: %w", err)
 	}
 	return nil
 }

@@ -1,7 +1,9 @@
 package lab
 
 import (
+	"cmp"
 	"math/rand/v2"
+	"slices"
 	"time"
 )
 
@@ -11,20 +13,28 @@ const linkMTU = 1500
 // it reads no clock and does no I/O, so its caller may call late without an
 // effect on any later decision.
 //
-//	push --> queue --(one at a time, at the rate)--> loss --> pipe --(delay)--> pop
-//	     \-> dropped when full                          \-> lost
+//	admit --> push --> queue --(one at a time, at the rate)--> loss --> pipe, held --(delay)--> pop
+//	      |        \-> dropped when full                         \-> lost
+//	      \-> blocked, or too big
 type path struct {
-	rate  int64 // bits per second, 0 is unlimited
-	delay time.Duration
-	limit int64 // of queued
-	loss  lossModel
-	cut   bool
+	rate      int64 // bits per second, 0 is unlimited
+	delay     time.Duration
+	limit     int64 // of queued
+	loss      lossModel
+	cut       bool
+	mtu       int // 0: whatever comes
+	noICMP    bool
+	block     []byte     // protocols
+	random    *rand.Rand // of the next two, so that they do not change the losses
+	reorder   float64
+	duplicate float64
 
 	queue  fifo // each with the time of its arrival
 	queued int64
 	free   time.Duration // when the transmitter has sent what it has begun
 	pipe   fifo          // each with the time of its delivery
 	latest time.Duration // the last of those: nothing overtakes it
+	held   []timed       // the packets that others overtake, by the times of their delivery
 	spare  [][]byte
 
 	counters LinkCounters
@@ -33,6 +43,7 @@ type path struct {
 func newPath(s LinkSettings, cut bool, stream uint64) *path {
 	p := &path{}
 	p.loss.random = rand.New(rand.NewPCG(s.Seed, stream))
+	p.random = rand.New(rand.NewPCG(^s.Seed, stream))
 	p.configure(0, s, cut)
 	return p
 }
@@ -46,6 +57,29 @@ func (p *path) configure(now time.Duration, s LinkSettings, cut bool) {
 	p.limit = s.queue()
 	p.cut = cut
 	p.loss.configure(s.Loss, s.Burst)
+	p.mtu, p.noICMP = s.MTU, s.NoICMP
+	p.block = nil
+	for _, name := range s.Block {
+		p.block = append(p.block, blockable[name])
+	}
+	p.reorder, p.duplicate = s.Reorder, s.Duplicate
+}
+
+// admit says whether a packet may go onto the path at all. If not there may be
+// an answer for who has sent it.
+func (p *path) admit(data []byte) (answer []byte, ok bool) {
+	if len(p.block) > 0 && slices.Contains(p.block, readHeaders(data).protocol) {
+		p.counters.Blocked++
+		return nil, false
+	}
+	if p.mtu > 0 && len(data) > p.mtu {
+		p.counters.TooBig++
+		if p.noICMP {
+			return nil, false
+		}
+		return tooBig(data, p.mtu), false
+	}
+	return nil, true
 }
 
 // push copies a packet that arrives now, or drops it.
@@ -82,11 +116,36 @@ func (p *path) advance(now time.Duration) {
 			p.counters.Lost++
 			p.recycle(data)
 		default:
-			p.latest = max(p.latest, p.free+p.delay)
-			p.pipe.push(timed{p.latest, data})
+			p.carry(data)
 		}
 	}
 }
+
+// maxHold is how much later a packet is delivered that others overtake. It is
+// what two ways of a router differ in, or a radio's second try takes.
+const maxHold = 5 * time.Millisecond
+
+// carry has a packet that was sent by p.free delivered after the delay.
+func (p *path) carry(data []byte) {
+	at := p.free + p.delay
+	twice := p.chance(p.duplicate)
+	if p.chance(p.reorder) {
+		p.counters.Reordered++
+		late := timed{at + 1 + time.Duration(p.random.Int64N(int64(maxHold))), data}
+		place, _ := slices.BinarySearchFunc(p.held, late.at, func(t timed, at time.Duration) int { return cmp.Compare(t.at, at) })
+		p.held = slices.Insert(p.held, place, late)
+	} else {
+		p.latest = max(p.latest, at)
+		p.pipe.push(timed{p.latest, data})
+	}
+	if twice {
+		p.counters.Duplicated++
+		p.latest = max(p.latest, at)
+		p.pipe.push(timed{p.latest, append(p.buffer(), data...)})
+	}
+}
+
+func (p *path) chance(share float64) bool { return share > 0 && p.random.Float64() < share }
 
 func (p *path) sendTime(size int) time.Duration {
 	if p.rate == 0 {
@@ -99,6 +158,11 @@ func (p *path) sendTime(size int) time.Duration {
 // with recycle.
 func (p *path) pop(now time.Duration) ([]byte, bool) {
 	p.advance(now)
+	if len(p.held) > 0 && p.held[0].at <= now && (p.pipe.len() == 0 || p.held[0].at < p.pipe.head().at) {
+		data := p.held[0].data
+		p.held = slices.Delete(p.held, 0, 1)
+		return data, true
+	}
 	if p.pipe.len() == 0 || p.pipe.head().at > now {
 		return nil, false
 	}
@@ -106,10 +170,14 @@ func (p *path) pop(now time.Duration) ([]byte, bool) {
 }
 
 // next returns when pop or advance has something to do again. While a packet is
-// being sent it stands in the pipe, unless it is lost, so the queue alone
-// matters only when the pipe is empty.
+// being sent it stands in the pipe or is held, unless it is lost, so the queue
+// alone matters only when both are empty.
 func (p *path) next() (time.Duration, bool) {
 	switch {
+	case len(p.held) > 0 && p.pipe.len() > 0:
+		return min(p.held[0].at, p.pipe.head().at), true
+	case len(p.held) > 0:
+		return p.held[0].at, true
 	case p.pipe.len() > 0:
 		return p.pipe.head().at, true
 	case p.queue.len() > 0:

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // arrival is a packet as it comes out of a path.
@@ -102,7 +104,7 @@ func TestPathQueueHoldsOnePacketOfAnySizeWhenIdle(t *testing.T) {
 // TestPathDoesNotDependOnWhenItIsCalled lets one path be called at every
 // microsecond and another only when packets come.
 func TestPathDoesNotDependOnWhenItIsCalled(t *testing.T) {
-	settings := LinkSettings{Rate: 15e6, RTT: 3 * time.Millisecond, Loss: 0.05, Burst: 3, Queue: 20000, Seed: 7}
+	settings := LinkSettings{Rate: 15e6, RTT: 3 * time.Millisecond, Loss: 0.05, Burst: 3, Queue: 20000, Seed: 7, Reorder: 0.1, Duplicate: 0.1}
 	late, prompt := newPath(settings, false, 0), newPath(settings, false, 0)
 	random := rand.New(rand.NewPCG(1, 2))
 	var got, want []arrival
@@ -171,6 +173,102 @@ func TestPathCut(t *testing.T) {
 	}
 }
 
+func TestPathReordersAndDuplicates(t *testing.T) {
+	const n, share = 20000, 0.05
+	p := newPath(LinkSettings{RTT: 20 * time.Millisecond, Reorder: share, Duplicate: share, Seed: 3}, false, 0)
+	for i := range n {
+		p.push(time.Duration(i)*100*time.Microsecond, numbered(i, 100))
+	}
+	copies := map[uint32]int{}
+	highest, late := uint32(0), 0
+	for _, a := range drain(p) {
+		copies[a.number]++
+		sent := time.Duration(a.number) * 100 * time.Microsecond
+		if delay := a.at - sent; delay < 10*time.Millisecond || delay > 10*time.Millisecond+maxHold {
+			t.Fatalf("packet %d took %v", a.number, delay)
+		}
+		if a.number < highest {
+			late++
+		}
+		highest = max(highest, a.number)
+	}
+	twice := 0
+	for i := range uint32(n) {
+		switch copies[i] {
+		case 1:
+		case 2:
+			twice++
+		default:
+			t.Fatalf("packet %d arrived %d times", i, copies[i])
+		}
+	}
+	tolerance := 5 * math.Sqrt(share*n)
+	if math.Abs(float64(twice)-share*n) > tolerance || uint64(twice) != p.counters.Duplicated {
+		t.Errorf("%d packets of %d came twice, the counter says %d", twice, n, p.counters.Duplicated)
+	}
+	// Of those that are held a few are so for less than the next packet takes.
+	if held := p.counters.Reordered; math.Abs(float64(held)-share*n) > tolerance || late < int(held)*9/10 || late > int(held) {
+		t.Errorf("%d packets of %d were overtaken, the counter says %d", late, n, held)
+	}
+}
+
+func TestReorderingLosesTheSamePackets(t *testing.T) {
+	lost := func(s LinkSettings) []bool {
+		p := newPath(s, false, 0)
+		arrived := make([]bool, 5000)
+		for i := range arrived {
+			p.push(time.Duration(i)*time.Millisecond, numbered(i, 100))
+		}
+		for _, a := range drain(p) {
+			arrived[a.number] = true
+		}
+		return arrived
+	}
+	plain, mixed := LinkSettings{Loss: 0.1, Seed: 4}, LinkSettings{Loss: 0.1, Seed: 4, Reorder: 0.2, Duplicate: 0.1}
+	if !slices.Equal(lost(plain), lost(mixed)) {
+		t.Error("other packets are lost when some are reordered")
+	}
+}
+
+func TestPathBlocks(t *testing.T) {
+	p := newPath(LinkSettings{Block: []string{"udp"}}, false, 0)
+	for _, packet := range samplePackets(t) {
+		answer, ok := p.admit(packet.bytes)
+		if want := packet.headers.protocol != unix.IPPROTO_UDP; ok != want || answer != nil {
+			t.Errorf("%s: admitted %v, answered %x", packet.name, ok, answer)
+		}
+	}
+	if p.counters.Blocked == 0 || p.counters.TooBig != 0 {
+		t.Errorf("counters %+v", p.counters)
+	}
+	p.configure(0, LinkSettings{}, false)
+	for _, packet := range samplePackets(t) {
+		if _, ok := p.admit(packet.bytes); !ok {
+			t.Errorf("%s: blocked though nothing is any more", packet.name)
+		}
+	}
+}
+
+func TestPathMTU(t *testing.T) {
+	p := newPath(LinkSettings{MTU: 1280}, false, 0)
+	for _, packet := range samplePackets(t) {
+		fits := len(packet.bytes) <= 1280
+		answer, ok := p.admit(packet.bytes)
+		if ok != fits || (answer != nil) == fits {
+			t.Errorf("%s of %d bytes: admitted %v, answer of %d bytes", packet.name, len(packet.bytes), ok, len(answer))
+		}
+	}
+	if p.counters.TooBig == 0 || p.counters.Blocked != 0 {
+		t.Errorf("counters %+v", p.counters)
+	}
+	p.configure(0, LinkSettings{MTU: 1280, NoICMP: true}, false)
+	for _, packet := range samplePackets(t) {
+		if answer, ok := p.admit(packet.bytes); ok != (len(packet.bytes) <= 1280) || answer != nil {
+			t.Errorf("black hole, %s: admitted %v, answer %x", packet.name, ok, answer)
+		}
+	}
+}
+
 // losses runs a loss model and returns its share of losses and their mean run.
 func losses(settings LinkSettings, n int) (share, run float64, pattern []bool) {
 	m := newPath(settings, false, 0).loss
@@ -197,6 +295,7 @@ func TestLossModel(t *testing.T) {
 		{0, 10, 0},
 		{0.01, 1, 1},
 		{0.01, 8, 8},
+		{0.01, 20, 20},
 		{0.1, 20, 20},
 		{0.5, 1, 1},
 	} {
@@ -246,6 +345,14 @@ func TestLinkSettingsAreChecked(t *testing.T) {
 		"tiny queue":         func(s *LinkSettings) { s.Queue = 100 },
 		"huge queue":         func(s *LinkSettings) { s.Queue = 1 << 40 },
 		"unknown site":       func(s *LinkSettings) { s.Cut = []string{Users} },
+		"NAT nowhere":        func(s *LinkSettings) { s.NAT = []string{Users} },
+		"all reordered":      func(s *LinkSettings) { s.Reorder = 1 },
+		"reorder no number":  func(s *LinkSettings) { s.Reorder = math.NaN() },
+		"negative duplicate": func(s *LinkSettings) { s.Duplicate = -0.1 },
+		"tiny MTU":           func(s *LinkSettings) { s.MTU = 575 },
+		"negative MTU":       func(s *LinkSettings) { s.MTU = -1 },
+		"jumbo MTU":          func(s *LinkSettings) { s.MTU = 1501 },
+		"odd protocol":       func(s *LinkSettings) { s.Block = []string{"udp", "icmp"} },
 	} {
 		s := DefaultLink()
 		spoil(&s)

@@ -48,20 +48,23 @@ type emulator struct {
 
 	mu       sync.Mutex
 	settings LinkSettings
-	err      error // why the link does not run any more
+	nats     map[string]*nat // by site
+	err      error           // why the link does not run any more
 }
 
 // direction is one thread that reads packets of the site named from, lets path
 // decide and writes them to the other site. A single thread cannot reorder.
 type direction struct {
 	from    string
+	to      string
 	name    string // of its counters
 	in, out tun
 	wake    int // eventfd: settings changed
 	epoch   time.Time
 
-	mu   sync.Mutex
-	path *path
+	mu        sync.Mutex
+	path      *path
+	near, far *nat // of from and of to; nil: none
 }
 
 // wire is a link to be: tuns[0] is a device of sites[0].
@@ -72,7 +75,7 @@ type wire struct {
 
 // newEmulator makes links, of which the first is between the pair.
 func newEmulator(settings LinkSettings, wires ...wire) (*emulator, error) {
-	e := &emulator{settings: settings}
+	e := &emulator{settings: settings, nats: map[string]*nat{}}
 	epoch := time.Now()
 	for n, w := range wires {
 		for i, from := range w.sites {
@@ -88,12 +91,41 @@ func newEmulator(settings LinkSettings, wires ...wire) (*emulator, error) {
 				e.sites = append(e.sites, from)
 			}
 			e.directions = append(e.directions, &direction{
-				from: from, name: name, in: w.tuns[i], out: w.tuns[1-i], wake: wake, epoch: epoch,
+				from: from, to: w.sites[1-i], name: name, in: w.tuns[i], out: w.tuns[1-i], wake: wake, epoch: epoch,
 				path: newPath(settings, slices.Contains(settings.Cut, from), uint64(2*n+i)),
 			})
 		}
 	}
+	e.connectNATs()
 	return e, nil
+}
+
+// connectNATs puts NATs where the settings have them. One that stays keeps what
+// it knows.
+func (e *emulator) connectNATs() {
+	for _, site := range e.sites {
+		switch behind := slices.Contains(e.settings.NAT, site); {
+		case !behind:
+			delete(e.nats, site)
+		case e.nats[site] == nil:
+			e.nats[site] = newNAT()
+		}
+	}
+	for _, d := range e.directions {
+		d.update(func(time.Duration) { d.near, d.far = e.nats[d.from], e.nats[d.to] })
+	}
+}
+
+// rebind has a site's NAT use other ports from now on.
+func (e *emulator) rebind(site string) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	n := e.nats[site]
+	if n == nil {
+		return fmt.Errorf("no NAT stands before %q: put one there with wanlab link --nat", site)
+	}
+	n.rebind()
+	return nil
 }
 
 // run carries packets until a device fails.
@@ -124,6 +156,7 @@ func (e *emulator) change(c LinkChange) error {
 			d.path.configure(now, settings, slices.Contains(settings.Cut, d.from))
 		})
 	}
+	e.connectNATs()
 	return nil
 }
 
@@ -208,7 +241,7 @@ func (d *direction) receive(buf []byte) (received bool, err error) {
 		case err == nil && n == 0:
 			return received, fmt.Errorf("read %s: %w", d.in.name, io.ErrUnexpectedEOF)
 		case err == nil:
-			d.path.push(time.Since(d.epoch), buf[:n])
+			d.take(buf[:n])
 			received = true
 		case errors.Is(err, unix.EAGAIN):
 			return received, nil
@@ -220,13 +253,31 @@ func (d *direction) receive(buf []byte) (received bool, err error) {
 	return received, nil
 }
 
+// take has a packet of the site go on its way.
+func (d *direction) take(packet []byte) {
+	answer, ok := d.path.admit(packet)
+	switch {
+	case ok:
+		if d.near != nil {
+			d.near.out(packet)
+		}
+		d.path.push(time.Since(d.epoch), packet)
+	case answer != nil:
+		if _, err := unix.Write(d.in.fd, answer); err != nil {
+			d.path.counters.Dropped++ // the site's interface is down
+		}
+	}
+}
+
 func (d *direction) deliver() (delivered bool) {
 	for {
 		data, ok := d.path.pop(time.Since(d.epoch))
 		if !ok {
 			return delivered
 		}
-		if _, err := unix.Write(d.out.fd, data); err != nil {
+		if d.far != nil && !d.far.in(data) {
+			d.path.counters.Blocked++
+		} else if _, err := unix.Write(d.out.fd, data); err != nil {
 			// The far interface is down: the wire ends in nothing.
 			d.path.counters.Dropped++
 		}

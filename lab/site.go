@@ -98,7 +98,7 @@ func newDataCentre(l *Lab, name string) *Site {
 		Dir:           dir,
 		Control:       filepath.Join(dir, "init.sock"),
 		LibvirtSocket: filepath.Join(dir, "run/libvirt/libvirt-sock"),
-		LibvirtURI:    fmt.Sprintf("qemu+tcp://%s/system", wanAddr.Addr()),
+		LibvirtURI:    libvirtURI(wanAddr.Addr()),
 		AgentSocket:   filepath.Join(dir, "run/wanmig/agent.sock"),
 		AgentAddr:     netip.AddrPortFrom(wanAddr.Addr(), agentPort),
 		WANAddr:       wanAddr,
@@ -113,6 +113,8 @@ func newDataCentre(l *Lab, name string) *Site {
 		},
 	}
 }
+
+func libvirtURI(wan netip.Addr) string { return fmt.Sprintf("qemu+tcp://%s/system", wan) }
 
 func newUsers(l *Lab) *Site {
 	dir := filepath.Join(l.Dir, "sites", Users)

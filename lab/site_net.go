@@ -189,18 +189,10 @@ func joinLink(device string, own, peer netip.Prefix) error {
 	if own.Contains(peer.Addr()) {
 		return raise(device, own)
 	}
-	host := func(p netip.Prefix) netip.Prefix { return netip.PrefixFrom(p.Addr(), p.Addr().BitLen()) }
-	if err := raise(device, host(own)); err != nil {
+	if err := raise(device, host(own.Addr())); err != nil {
 		return err
 	}
-	route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(host(peer)), Src: own.Addr().AsSlice()}
-	if peer.Addr().Is4() {
-		route.Scope = netlink.SCOPE_LINK
-	}
-	if err := netlink.RouteAdd(route); err != nil {
-		return fmt.Errorf("add route to %s: %w", peer.Addr(), err)
-	}
-	return nil
+	return routeHost(link, peer.Addr(), own.Addr())
 }
 
 // connectUsers plugs the users' interface into a data centre's bridge.

@@ -228,6 +228,9 @@ func linkHandler(link *emulator) http.Handler {
 		}
 		return nil, link.change(change)
 	}))
+	mux.HandleFunc("POST /v1/link/rebind/{site}", answer(func(r *http.Request) (any, error) {
+		return nil, link.rebind(r.PathValue("site"))
+	}))
 	mux.HandleFunc("POST /v1/link/reset-counters", answer(func(*http.Request) (any, error) {
 		link.resetCounters()
 		return nil, nil

@@ -18,15 +18,25 @@ type linkFlags struct {
 	rate, rtt, loss, queue string
 	burst                  float64
 	seed                   uint64
+	reorder, duplicate     string
+	mtu                    int
+	noICMP                 bool
+	block, nat             []string
 }
 
 func (f *linkFlags) add(cmd *cobra.Command) {
 	d := lab.DefaultLink()
 	cmd.Flags().StringVar(&f.rate, "rate", lab.FormatRate(d.Rate), "rate of each direction, such as 100mbit or 1gbit, or unlimited")
 	cmd.Flags().StringVar(&f.rtt, "rtt", d.RTT.String(), "round-trip time, half of it in each direction")
-	cmd.Flags().StringVar(&f.loss, "loss", lab.FormatLoss(d.Loss), "share of the packets lost in each direction, such as 0.1%")
+	cmd.Flags().StringVar(&f.loss, "loss", lab.FormatShare(d.Loss), "share of the packets lost in each direction, such as 0.1%")
 	cmd.Flags().Float64Var(&f.burst, "burst", 0, "mean number of packets lost in a row (0: each by itself)")
 	cmd.Flags().StringVar(&f.queue, "queue", "", "what waits before packets are dropped, such as 256KiB (default: rate x rtt, at least 64KiB)")
+	cmd.Flags().StringVar(&f.reorder, "reorder", "0%", "share of the packets that others overtake, by up to 5ms")
+	cmd.Flags().StringVar(&f.duplicate, "duplicate", "0%", "share of the packets that arrive twice")
+	cmd.Flags().IntVar(&f.mtu, "mtu", 0, "largest packet in bytes of IP (0: 1500)")
+	cmd.Flags().BoolVar(&f.noICMP, "no-icmp", false, "let larger packets vanish without a word, as a black hole")
+	cmd.Flags().StringSliceVar(&f.block, "block", nil, "drop what is of these protocols: tcp, udp, or none")
+	cmd.Flags().StringSliceVar(&f.nat, "nat", nil, "put a NAT before these data centres, or none: their flows get other ports, what others begin passes")
 }
 
 // change holds what was given on the command line, and nothing else.
@@ -48,7 +58,7 @@ func (f *linkFlags) change(cmd *cobra.Command) (lab.LinkChange, error) {
 		c.RTT = &rtt
 	}
 	if given("loss") {
-		loss, err := lab.ParseLoss(f.loss)
+		loss, err := lab.ParseShare("loss", f.loss)
 		if err != nil {
 			return c, err
 		}
@@ -64,18 +74,57 @@ func (f *linkFlags) change(cmd *cobra.Command) (lab.LinkChange, error) {
 		}
 		c.Queue = &queue
 	}
+	if given("reorder") {
+		share, err := lab.ParseShare("reorder", f.reorder)
+		if err != nil {
+			return c, err
+		}
+		c.Reorder = &share
+	}
+	if given("duplicate") {
+		share, err := lab.ParseShare("duplicate", f.duplicate)
+		if err != nil {
+			return c, err
+		}
+		c.Duplicate = &share
+	}
+	if given("mtu") {
+		c.MTU = &f.mtu
+	}
+	if given("no-icmp") {
+		c.NoICMP = &f.noICMP
+	}
+	if given("block") {
+		c.Block = names(f.block)
+	}
+	if given("nat") {
+		c.NAT = names(f.nat)
+	}
 	return c, nil
+}
+
+// names reads "none" as no name at all.
+func names(list []string) *[]string {
+	if slices.Equal(list, []string{"none"}) {
+		list = nil
+	}
+	return &list
 }
 
 func linkCommand(dir *string) *cobra.Command {
 	var link linkFlags
 	var cut, restore, counters, reset, asJSON bool
-	var from string
+	var from, rebind, readdress string
 	cmd := &cobra.Command{
 		Use:   "link",
 		Short: "Change or show the WAN while it runs",
 		Long: `link changes what is given, and leaves the rest of the WAN as it is. Without
-flags it shows the WAN.`,
+flags it shows the WAN.
+
+--nat puts a NAT before a data centre, best before its flows begin; --rebind then
+has them seen from other ports, as if the NAT had been restarted. --readdress
+gives a data centre other addresses, which its agent must not be bound to:
+--nat, --rebind and --readdress show what sessions survive.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			change, err := link.change(cmd)
@@ -102,6 +151,18 @@ flags it shows the WAN.`,
 					return err
 				}
 			}
+			if rebind != "" {
+				if err := l.Rebind(cmd.Context(), rebind); err != nil {
+					return err
+				}
+			}
+			if readdress != "" {
+				if err := l.Readdress(cmd.Context(), readdress); err != nil {
+					return err
+				}
+				s := l.Sites[readdress]
+				fmt.Fprintf(cmd.OutOrStdout(), "%s: WAN %s %s\n", s.Name, s.WANAddr.Addr(), s.WANAddr6.Addr())
+			}
 			state, err := l.LinkState(cmd.Context())
 			if err != nil {
 				return err
@@ -123,12 +184,14 @@ flags it shows the WAN.`,
 	}
 	link.add(cmd)
 	// What is not given stays, so no flag has a default here.
-	for _, name := range []string{"rate", "rtt", "loss"} {
+	for _, name := range []string{"rate", "rtt", "loss", "reorder", "duplicate"} {
 		cmd.Flags().Lookup(name).DefValue = ""
 	}
 	cmd.Flags().BoolVar(&cut, "cut", false, "let all packets vanish")
 	cmd.Flags().BoolVar(&restore, "restore", false, "end a cut")
 	cmd.Flags().StringVar(&from, "from", "", "cut or restore only what this data centre sends")
+	cmd.Flags().StringVar(&rebind, "rebind", "", "have the NAT before this data centre use other ports")
+	cmd.Flags().StringVar(&readdress, "readdress", "", "give this data centre other addresses in the WAN")
 	cmd.Flags().BoolVar(&counters, "counters", false, "show the counters of each direction")
 	cmd.Flags().BoolVar(&reset, "reset-counters", false, "show the counters and set them to zero")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print settings and counters as JSON")
@@ -150,9 +213,27 @@ func cutFrom(sites, all []string, from string, cut bool) []string {
 }
 
 func describeLink(s lab.LinkSettings) string {
-	text := fmt.Sprintf("%s, %v round trip, %s loss", lab.FormatRate(s.Rate), s.RTT, lab.FormatLoss(s.Loss))
+	text := fmt.Sprintf("%s, %v round trip, %s loss", lab.FormatRate(s.Rate), s.RTT, lab.FormatShare(s.Loss))
 	if s.Burst != 0 {
 		text += fmt.Sprintf(" in bursts of %g", s.Burst)
+	}
+	if s.Reorder > 0 {
+		text += fmt.Sprintf(", %s reordered", lab.FormatShare(s.Reorder))
+	}
+	if s.Duplicate > 0 {
+		text += fmt.Sprintf(", %s twice", lab.FormatShare(s.Duplicate))
+	}
+	if s.MTU > 0 {
+		text += fmt.Sprintf(", MTU %d", s.MTU)
+		if s.NoICMP {
+			text += " without ICMP"
+		}
+	}
+	if len(s.Block) > 0 {
+		text += ", no " + strings.Join(s.Block, " and no ")
+	}
+	if len(s.NAT) > 0 {
+		text += ", NAT before " + strings.Join(s.NAT, " and ")
 	}
 	if len(s.Cut) > 0 {
 		text += ", cut from " + strings.Join(s.Cut, " and ")
@@ -161,9 +242,9 @@ func describeLink(s lab.LinkSettings) string {
 }
 
 func printCounters(w io.Writer, state lab.LinkState) {
-	fmt.Fprintf(w, "%-20s%16s%12s%12s%12s%12s\n", "from", "bytes", "packets", "lost", "cut", "dropped")
+	fmt.Fprintf(w, "%-20s%16s%12s%10s%10s%10s%10s%10s%11s%10s\n", "from", "bytes", "packets", "lost", "cut", "dropped", "blocked", "too big", "reordered", "twice")
 	for _, from := range slices.Sorted(maps.Keys(state.Counters)) {
 		c := state.Counters[from]
-		fmt.Fprintf(w, "%-20s%16d%12d%12d%12d%12d\n", from, c.Bytes, c.Packets, c.Lost, c.Cut, c.Dropped)
+		fmt.Fprintf(w, "%-20s%16d%12d%10d%10d%10d%10d%10d%11d%10d\n", from, c.Bytes, c.Packets, c.Lost, c.Cut, c.Dropped, c.Blocked, c.TooBig, c.Reordered, c.Duplicated)
 	}
 }

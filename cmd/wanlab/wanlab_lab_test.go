@@ -99,6 +99,20 @@ func TestCommands(t *testing.T) {
 	if c := state.Counters[lab.RemoteDC]; c.Cut < 2 {
 		t.Errorf("counters from remote-dc: %+v, want 2 cut answers", c)
 	}
+	if _, stderr, status := run(t, wanlab(dir, "link", "--rebind", lab.LocalDC)); status != 1 || !strings.Contains(stderr, `no NAT stands before "local-dc"`) {
+		t.Errorf("rebinding no NAT: status %d: %s", status, stderr)
+	}
+	if got, want := mustRun(t, dir, "link", "--mtu", "1280", "--no-icmp", "--block", "udp", "--nat", lab.LocalDC, "--rebind", lab.LocalDC, "--reorder", "1%", "--duplicate", "0.5%"),
+		"WAN: 200mbit, 20ms round trip, 0% loss, 1% reordered, 0.5% twice, MTU 1280 without ICMP, no udp, NAT before local-dc\n"; got != want {
+		t.Errorf("link printed %q, want %q", got, want)
+	}
+	if got := mustRun(t, dir, "link", "--mtu", "0", "--block", "none", "--nat", "none", "--reorder", "0", "--duplicate", "0"); got != "WAN: 200mbit, 20ms round trip, 0% loss\n" {
+		t.Errorf("link without faults printed %q", got)
+	}
+	if got := mustRun(t, dir, "link", "--readdress", lab.LocalDC); !strings.HasPrefix(got, "local-dc: WAN 10.255.8.1 fd00:255:8::1\n") {
+		t.Errorf("link --readdress printed %q", got)
+	}
+	mustRun(t, dir, "exec", lab.LocalDC, "--", "ping", "-c", "1", "-W", "5", "10.255.0.2")
 	if _, stderr, status := run(t, wanlab(dir, "link", "--cut", "--from", "paris")); status != 1 || !strings.Contains(stderr, "there are local-dc, remote-dc\n") {
 		t.Errorf("cut from an unknown site: status %d: %s", status, stderr)
 	}
