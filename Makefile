@@ -3,6 +3,7 @@
 #   make demo    a VM crosses an emulated WAN with its disks     (root; installs what it needs)
 #   make test    everything, lab tests with real guests included (root; installs what it needs)
 #   make unit    what needs no privileges, in seconds
+#   make bench   measurements; RUN=TestLink for one of them
 
 GO      ?= go
 VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)

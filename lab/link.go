@@ -70,7 +70,7 @@ func (s LinkSettings) validate(sites []string) error {
 	case s.Burst != 0 && !(s.Burst >= 1 && s.Burst <= 1e6):
 		return fmt.Errorf("bad burst %v: want the mean number of packets lost in a row, from 1 to 1000000", s.Burst)
 	case s.Burst != 0 && s.Loss > s.Burst/(s.Burst+1):
-		return fmt.Errorf("a loss of %s cannot come in bursts of %g packets: at least one packet arrives between two bursts", FormatShare(s.Loss), s.Burst)
+		return fmt.Errorf("a loss of %s cannot come in bursts of %g packets: at least one packet arrives between two bursts", FormatLoss(s.Loss), s.Burst)
 	case s.Queue != 0 && (s.Queue < linkMTU || s.Queue > maxLinkBytes):
 		return fmt.Errorf("bad queue %d: want %d bytes to 1 GiB", s.Queue, linkMTU)
 	case !(s.Reorder >= 0 && s.Reorder < 1):

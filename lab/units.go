@@ -23,13 +23,13 @@ func ParseRate(s string) (int64, error) {
 	return int64(n), nil
 }
 
-// ParseShare reads a share of packets as a percentage, such as "0.1%", or "0".
-// The result is a fraction below 1. The error says what the share is of.
-func ParseShare(what, s string) (float64, error) {
+// ParseLoss reads a share of packets as a percentage, such as "0.1%", or "0".
+// The result is a fraction below 1.
+func ParseLoss(s string) (float64, error) {
 	number, percent := strings.CutSuffix(s, "%")
 	n, err := parseNumber(number)
 	if err != nil || n >= 100 || (!percent && n != 0) {
-		return 0, fmt.Errorf("bad %s %q: want a percentage from 0%% to below 100%%, such as 0.1%%", what, s)
+		return 0, fmt.Errorf("bad loss %q: want a percentage from 0%% to below 100%%, such as 0.1%%", s)
 	}
 	return n / 100, nil
 }
@@ -71,9 +71,9 @@ func FormatRate(bits int64) string {
 	return fmt.Sprintf("%dbit", bits)
 }
 
-// FormatShare writes a fraction so that ParseShare reads it.
-func FormatShare(share float64) string {
-	return strconv.FormatFloat(share*100, 'g', 6, 64) + "%"
+// FormatLoss writes a fraction so that ParseLoss reads it.
+func FormatLoss(loss float64) string {
+	return strconv.FormatFloat(loss*100, 'g', 6, 64) + "%"
 }
 
 type unit struct {

@@ -23,15 +23,15 @@ func TestParseRate(t *testing.T) {
 	}
 }
 
-func TestParseShare(t *testing.T) {
+func TestParseLoss(t *testing.T) {
 	for text, want := range map[string]float64{"0": 0, "0%": 0, "0.1%": 0.001, "1%": 0.01, "50%": 0.5} {
-		if got, err := ParseShare("loss", text); err != nil || got != want {
-			t.Errorf("ParseShare(%q) = %g, %v; want %g", text, got, err, want)
+		if got, err := ParseLoss(text); err != nil || got != want {
+			t.Errorf("ParseLoss(%q) = %g, %v; want %g", text, got, err, want)
 		}
 	}
 	for _, text := range []string{"", "%", "0.1", "1", "100%", "-1%", "1%%", "nan%", "1e-3%"} {
-		if got, err := ParseShare("loss", text); err == nil {
-			t.Errorf("ParseShare(%q) = %g without an error", text, got)
+		if got, err := ParseLoss(text); err == nil {
+			t.Errorf("ParseLoss(%q) = %g without an error", text, got)
 		}
 	}
 }
@@ -67,7 +67,7 @@ func FuzzParseUnits(f *testing.F) {
 				t.Errorf("rate %q is %d, written %q, read %d, %v", text, rate, FormatRate(rate), again, err)
 			}
 		}
-		if loss, err := ParseShare("loss", text); err == nil && !(loss >= 0 && loss < 1) {
+		if loss, err := ParseLoss(text); err == nil && !(loss >= 0 && loss < 1) {
 			t.Errorf("loss %q is %g", text, loss)
 		}
 		if size, err := ParseSize(text); err == nil && size < 0 {

@@ -28,7 +28,7 @@ func (f *linkFlags) add(cmd *cobra.Command) {
 	d := lab.DefaultLink()
 	cmd.Flags().StringVar(&f.rate, "rate", lab.FormatRate(d.Rate), "rate of each direction, such as 100mbit or 1gbit, or unlimited")
 	cmd.Flags().StringVar(&f.rtt, "rtt", d.RTT.String(), "round-trip time, half of it in each direction")
-	cmd.Flags().StringVar(&f.loss, "loss", lab.FormatShare(d.Loss), "share of the packets lost in each direction, such as 0.1%")
+	cmd.Flags().StringVar(&f.loss, "loss", lab.FormatLoss(d.Loss), "share of the packets lost in each direction, such as 0.1%")
 	cmd.Flags().Float64Var(&f.burst, "burst", 0, "mean number of packets lost in a row (0: each by itself)")
 	cmd.Flags().StringVar(&f.queue, "queue", "", "what waits before packets are dropped, such as 256KiB (default: rate x rtt, at least 64KiB)")
 	cmd.Flags().StringVar(&f.reorder, "reorder", "0%", "share of the packets that others overtake, by up to 5ms")
@@ -58,7 +58,7 @@ func (f *linkFlags) change(cmd *cobra.Command) (lab.LinkChange, error) {
 		c.RTT = &rtt
 	}
 	if given("loss") {
-		loss, err := lab.ParseShare("loss", f.loss)
+		loss, err := lab.ParseLoss(f.loss)
 		if err != nil {
 			return c, err
 		}
@@ -75,16 +75,16 @@ func (f *linkFlags) change(cmd *cobra.Command) (lab.LinkChange, error) {
 		c.Queue = &queue
 	}
 	if given("reorder") {
-		share, err := lab.ParseShare("reorder", f.reorder)
+		share, err := lab.ParseLoss(f.reorder)
 		if err != nil {
-			return c, err
+			return c, fmt.Errorf("--reorder: %w", err)
 		}
 		c.Reorder = &share
 	}
 	if given("duplicate") {
-		share, err := lab.ParseShare("duplicate", f.duplicate)
+		share, err := lab.ParseLoss(f.duplicate)
 		if err != nil {
-			return c, err
+			return c, fmt.Errorf("--duplicate: %w", err)
 		}
 		c.Duplicate = &share
 	}
@@ -213,15 +213,15 @@ func cutFrom(sites, all []string, from string, cut bool) []string {
 }
 
 func describeLink(s lab.LinkSettings) string {
-	text := fmt.Sprintf("%s, %v round trip, %s loss", lab.FormatRate(s.Rate), s.RTT, lab.FormatShare(s.Loss))
+	text := fmt.Sprintf("%s, %v round trip, %s loss", lab.FormatRate(s.Rate), s.RTT, lab.FormatLoss(s.Loss))
 	if s.Burst != 0 {
 		text += fmt.Sprintf(" in bursts of %g", s.Burst)
 	}
 	if s.Reorder > 0 {
-		text += fmt.Sprintf(", %s reordered", lab.FormatShare(s.Reorder))
+		text += fmt.Sprintf(", %s reordered", lab.FormatLoss(s.Reorder))
 	}
 	if s.Duplicate > 0 {
-		text += fmt.Sprintf(", %s twice", lab.FormatShare(s.Duplicate))
+		text += fmt.Sprintf(", %s twice", lab.FormatLoss(s.Duplicate))
 	}
 	if s.MTU > 0 {
 		text += fmt.Sprintf(", MTU %d", s.MTU)
