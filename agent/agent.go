@@ -1,5 +1,5 @@
 // Package agent is the daemon on each hypervisor host. It listens for peers on
-// one UDP port and for the command on a unix socket, knows the sites and its
+// one port, UDP and TCP, and for the command on a unix socket, knows the sites and its
 // own identity, and keeps the moves; package migrate does the moving.
 package agent
 
@@ -60,7 +60,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) error {
 		return err
 	}
 	defer journal.Close()
-	endpoint, err := tunnel.Listen(c.Listen, identity, known.trusted, log)
+	endpoint, err := tunnel.ListenWith(c.Listen, identity, known.trusted, log, tunnel.Options{Qlog: c.Qlog})
 	if err != nil {
 		return err
 	}
@@ -177,7 +177,7 @@ func (a *agent) dial(ctx context.Context, name string) (*tunnel.Session, error) 
 	if err != nil {
 		return nil, err
 	}
-	session, err := a.endpoint.Dial(ctx, site.Address, tunnel.ID(site.ID))
+	session, err := a.endpoint.Dial(ctx, site.Address, tunnel.ID(site.ID), tunnel.DialOptions{})
 	if err != nil {
 		return nil, fmt.Errorf("site %s: %w", name, err)
 	}

@@ -41,7 +41,7 @@ type Info struct {
 // Site is a peer: another data centre's agent.
 type Site struct {
 	Name    string `json:"name"`
-	Address string `json:"address"` // host:port, UDP
+	Address string `json:"address"` // host:port, UDP and TCP
 	ID      string `json:"id"`
 }
 

@@ -137,7 +137,7 @@ func reachRemedy(err error) string {
 	if errors.Is(err, tunnel.ErrUntrusted) {
 		return "compare wanmig id at both sites with wanmig site list at the other"
 	}
-	return "check that the agent runs there and that UDP passes to its port"
+	return "check that the agent runs there and that UDP or TCP passes to its port"
 }
 
 func (a *agent) postMove(w http.ResponseWriter, r *http.Request) {

@@ -83,7 +83,7 @@ func caller(t *testing.T, at func() *far) *Engine {
 	own, _ := newEndpoint(t)
 	dial := func(ctx context.Context, _ string) (*tunnel.Session, error) {
 		f := at()
-		return own.Dial(ctx, f.endpoint.Addr().String(), f.id)
+		return own.Dial(ctx, f.endpoint.Addr().String(), f.id, tunnel.DialOptions{})
 	}
 	log := slog.New(slog.DiscardHandler)
 	return &Engine{Config: Config{Host: hypervisor.New(filepath.Join(t.TempDir(), "no-libvirtd"), log), Dial: dial, Log: log}, lines: map[string]*line{}}

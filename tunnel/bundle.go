@@ -12,8 +12,8 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// bundle is a set of connections to one agent whose identity was verified, the
-// carriers: what a Session and Packets have in common.
+// bundle is the set of connections, to one agent whose identity was verified, that
+// carry Packets together.
 type bundle struct {
 	peer    ID
 	first   *quic.Conn
@@ -28,19 +28,11 @@ type bundle struct {
 	carriers []*quic.Conn
 }
 
-// bundled is a Session or Packets.
-type bundled interface {
-	common() *bundle
-	addCarrier(conn *quic.Conn) error
-}
-
 func newBundle(first *quic.Conn, peer ID, most int, running *sync.WaitGroup) *bundle {
 	b := &bundle{peer: peer, first: first, most: most, running: running, carriers: []*quic.Conn{first}}
 	b.ctx, b.cancel = context.WithCancelCause(context.Background())
 	return b
 }
-
-func (b *bundle) common() *bundle { return b }
 
 // run runs f, for which the endpoint waits, unless the bundle has ended.
 func (b *bundle) run(f func()) {
@@ -100,16 +92,6 @@ func (b *bundle) LocalAddr() net.Addr { return localAddr(b.first) }
 // RemoteAddr returns the peer's address.
 func (b *bundle) RemoteAddr() net.Addr { return b.first.RemoteAddr() }
 
-// Stats counts what a session or a connection for packets has carried. Bytes
-// include QUIC's own and sent-again data, but not the headers of UDP and IP.
-type Stats struct {
-	BytesSent     uint64
-	BytesReceived uint64
-	PacketsLost   uint64        // goes down again when one arrives after all
-	RTT           time.Duration // smoothed
-	MinRTT        time.Duration
-}
-
 // Stats returns the counters.
 func (b *bundle) Stats() Stats {
 	var sum Stats
@@ -131,19 +113,11 @@ func (b *bundle) all() []*quic.Conn {
 	return slices.Clone(b.carriers)
 }
 
-// Close ends the session and all its channels, or the connection for packets, and
-// tells the peer the reason, of which it gets at most 256 bytes. What the peer has
-// not received yet is lost: a protocol that needs to know ends with an
-// acknowledgement.
+// Close ends the connection for packets, and tells the peer the reason, of which
+// it gets at most 256 bytes.
 func (b *bundle) Close(reason string) {
 	reason = printable(reason)
 	b.end(fmt.Errorf("%w here: %s", ErrClosed, reason), closeReason, reason)
-}
-
-// breach ends the bundle because the peer broke the format.
-func (b *bundle) breach(err error) {
-	reason := printable(err.Error())
-	b.end(fmt.Errorf("%w here: %s", ErrClosed, reason), closeFormat, reason)
 }
 
 // end closes every connection, the first time that it is called.

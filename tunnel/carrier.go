@@ -1,225 +1,463 @@
 package tunnel
 
 import (
-	"context"
+	"bufio"
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
-	"sync"
+	"slices"
 	"time"
-
-	"github.com/quic-go/quic-go"
 )
 
-// Carriers is the most QUIC connections that a session uses. The measurements
-// that chose it are in the package's part on carriers.
+// Carriers is the most connections that a session uses for its frames, beside one
+// that it reserves for those of Control channels.
 const Carriers = 16
+
+const (
+	// The peer hears of what has come after so many frames or bytes, or so long.
+	ackFrames = 16
+	ackBytes  = 64 << 10
+	ackDelay  = 10 * time.Millisecond
+
+	maxSmall = 1200     // bytes of frames without data that go at once
+	echoMost = 1200     // bytes of a control frame that two carriers bring
+	unheard  = 64 << 10 // frames without data that the peer has not acknowledged
+	// maxNumbers bounds the carriers that a session ever had.
+	maxNumbers = 64 << 10
+)
 
 var (
 	errTooMany   = errors.New("all carriers are there")
 	errNoSession = errors.New("no such session of this agent")
 )
 
-// joinAll dials the other carriers of what the token t names. Those that fail
-// are missing, and nothing else.
-func (e *Endpoint) joinAll(to bundled, addr netip.AddrPort, t token) {
-	b := to.common()
-	var mu sync.Mutex
-	var failed []error
-	var all sync.WaitGroup
-	for range b.most - 1 {
-		all.Go(func() {
-			if err := e.joinOne(to, addr, t); err != nil {
-				mu.Lock()
-				defer mu.Unlock()
-				failed = append(failed, err)
-			}
-		})
-	}
-	all.Wait()
-	switch {
-	case b.Err() != nil:
-		return
-	case len(failed) > 0:
-		e.log.Warn("carriers are missing", "peer", b.peer, "addr", addr,
-			"carriers", b.most-len(failed), "wanted", b.most, "error", failed[0])
-	default:
-		e.log.Debug("carriers are complete", "peer", b.peer, "addr", addr, "carriers", b.most)
-	}
+// carrier is a connection of a session.
+type carrier struct {
+	session *Session
+	number  uint32
+	conn    conn
+	woken   chan struct{}
+	written chan struct{} // closed when nothing is written any more
+
+	// The session's lock guards these.
+	idle     bool
+	closed   bool // here: nothing that it brings counts any more
+	retiring bool // takes nothing more
+	book     []*segment
+	taken    uint64 // numbered frames
+	acked    uint64 // of them, by the peer
+	received uint64 // numbered frames
+	told     uint64 // of them, to the peer
+	untold   int    // bytes of those that the peer was not told of
+	ackDue   bool
+	ackSoon  bool
+	pingDue  bool
+	pinged   time.Time
+	heard    time.Time
+	progress time.Time // when the peer last acknowledged something, or had done so with everything
+	rtt      time.Duration
 }
 
-func (e *Endpoint) joinOne(to bundled, addr netip.AddrPort, t token) error {
-	b := to.common()
-	ctx, cancel := context.WithTimeout(b.ctx, handshakeTimeout)
-	defer cancel()
-	began := time.Now()
-	conn, err := e.dialCarrier(ctx, addr, b.peer, t)
-	if err != nil {
-		return e.explainDial(addr, b.peer, time.Since(began), err)
-	}
-	if err := to.addCarrier(conn); err != nil {
-		conn.CloseWithError(closeReason, "not needed")
-		return err
-	}
-	return nil
+// echo is a control frame for a second carrier: whichever is faster counts.
+type echo struct {
+	segment *segment
+	first   *carrier
 }
 
-// dialCarrier returns a connection that the listener has let join the session t.
-func (e *Endpoint) dialCarrier(ctx context.Context, addr netip.AddrPort, peer ID, t token) (*quic.Conn, error) {
-	conn, err := e.dialConn(ctx, addr, peer, joinProtocol)
-	if err != nil {
-		return nil, err
-	}
-	request, err := conn.OpenUniStream()
-	if err == nil {
-		_, err = request.Write(t.append(nil))
-	}
-	if err == nil {
-		var answer token
-		if answer, err = awaitGreeting(ctx, conn); err == nil && answer != t {
-			err = fmt.Errorf("%w: greeting of another session", ErrFormat)
-		}
-	}
-	if err == nil {
-		err = request.Close() // now the listener may use the carrier too
-	}
-	if err != nil {
-		conn.CloseWithError(closeReason, "not joined")
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		return nil, err
-	}
-	return conn, nil
-}
-
-// join takes a connection into the session, or the packets' connections, that it
-// asks for.
-func (e *Endpoint) join(conn *quic.Conn) {
-	ctx, cancel := context.WithTimeout(conn.Context(), headerTimeout)
-	defer cancel()
-	peer, _ := peerID(conn.ConnectionState().TLS)
-	err := e.admitCarrier(ctx, conn, peer)
-	if !leave(conn) {
-		return // it ended, and was logged then
-	}
-	if err != nil {
-		e.logRefusal("refused a carrier", "peer", peer, "addr", conn.RemoteAddr(), "error", err)
-		conn.CloseWithError(closeReason, printable("not joined: "+err.Error()))
-	}
-}
-
-func (e *Endpoint) admitCarrier(ctx context.Context, conn *quic.Conn, peer ID) error {
-	request, err := conn.AcceptUniStream(ctx)
-	if err != nil {
-		return err
-	}
-	var t token
-	err = interruptible(ctx, request.SetReadDeadline, func() error {
-		var err error
-		t, err = readToken(request)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	to := e.joinable(t)
-	if to == nil || to.common().peer != peer {
-		return errNoSession
-	}
-	if err := greet(conn, t); err != nil {
-		return err
-	}
-	// The dialer ends its request when it has the greeting. One that gave up
-	// before costs the session nothing.
-	err = interruptible(ctx, request.SetReadDeadline, func() error { return skipLater(request) })
-	if err != nil {
-		return err
-	}
-	return to.addCarrier(conn)
-}
-
-// joinable returns what the token names, or nil.
-func (e *Endpoint) joinable(t token) bundled {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.tokens[t]
-}
-
-// addCarrier gives a session one more connection.
-func (s *Session) addCarrier(conn *quic.Conn) error {
+// carry gives the session a connection, which it owns from then on.
+func (s *Session) carry(conn conn, number uint32) error {
 	s.mu.Lock()
-	number, err := s.join(conn)
-	if err != nil {
-		s.mu.Unlock()
-		return err
+	defer s.mu.Unlock()
+	if s.ctx.Err() != nil {
+		return s.Err()
 	}
-	var extend []*stripe
-	for _, st := range s.stripes {
-		if st.ours {
-			extend = append(extend, st)
-		}
+	_, departed := s.departed[number]
+	_, settled := s.settled[number]
+	if departed || settled || slices.ContainsFunc(s.carriers, func(c *carrier) bool { return c.number == number }) {
+		return fmt.Errorf("%w: a second carrier %d", ErrFormat, number)
 	}
-	s.mu.Unlock()
-	s.watch(conn, number)
-	s.run(func() { s.acceptLanes(conn) })
-	for _, st := range extend {
-		s.run(func() { st.extend(conn) })
+	if len(s.carriers) > Carriers {
+		return errTooMany
 	}
+	now := time.Now()
+	c := &carrier{
+		session: s, number: number, conn: conn,
+		woken: make(chan struct{}, 1), written: make(chan struct{}),
+		heard: now, pinged: now, progress: now,
+		rtt: conn.stats().rtt,
+	}
+	s.carriers = append(s.carriers, c)
+	s.link.local, s.link.remote = conn.LocalAddr(), conn.RemoteAddr()
+	s.reserve()
+	s.running.Go(c.write)
+	s.running.Go(c.read)
+	s.wakeAll()
 	return nil
 }
 
-// acceptLanes takes in the streams that the peer opens on a joined carrier.
-func (s *Session) acceptLanes(conn *quic.Conn) {
-	for {
-		stream, err := conn.AcceptStream(s.ctx)
-		if err != nil {
-			return // the connection is over, and with it the session
+// reserve chooses the carrier that control frames have for themselves, when there
+// is more than one: the one that has it, or else one over QUIC.
+func (s *Session) reserve() {
+	if slices.Contains(s.carriers, s.reserved) {
+		if len(s.carriers) == 1 {
+			s.reserved = nil
 		}
-		var header laneHeader
-		err = s.readHeader(s.ctx, stream, func() error {
-			var err error
-			header, err = readLaneHeader(stream)
-			return err
-		})
-		if err == nil {
-			err = s.takeLane(header.channel, lane{conn, stream})
-		}
-		var abandoned *quic.StreamError
-		switch {
-		case errors.As(err, &abandoned):
-			stream.CancelWrite(resetClosed)
-		case errors.Is(err, ErrFormat), errors.Is(err, io.ErrUnexpectedEOF):
-			s.breach(fmt.Errorf("stream header: %w", err))
+		return
+	}
+	s.reserved = nil
+	if len(s.carriers) < 2 {
+		return
+	}
+	s.reserved = s.carriers[0]
+	for _, c := range s.carriers {
+		if c.conn.transport() == QUIC {
+			s.reserved = c
 			return
 		}
 	}
 }
 
-// takeLane gives a stream to its channel. One that comes before its channel was
-// accepted waits; there can be MaxChannels of these on each carrier.
-func (s *Session) takeLane(id quic.StreamID, l lane) error {
-	s.mu.Lock()
-	st, open := s.stripes[id]
-	early := !open && id >= s.nextAccepted
-	foreign := (id-s.nextAccepted)%4 == 0 // of the kind that the peer opens
-	if early && foreign {
-		s.waiting[id] = append(s.waiting[id], l)
+// read takes in what the carrier brings, until it ends.
+func (c *carrier) read() {
+	r := bufio.NewReaderSize(c.conn, 64<<10)
+	for {
+		f, length, err := readFrameHead(r)
+		if err == nil && f.kind == kindData {
+			b := blocks.Get().(*block)
+			f.data = b[:length]
+			if _, err = io.ReadFull(r, f.data); err == nil {
+				err = c.session.receive(c, f, piece{b, f.data, length})
+			} else {
+				blocks.Put(b)
+			}
+		} else if err == nil {
+			err = c.session.receive(c, f, piece{})
+		}
+		if err != nil {
+			c.session.fail(c, err)
+			return
+		}
 	}
-	s.mu.Unlock()
-	switch {
-	case !foreign:
-		return fmt.Errorf("%w: stream for channel %d, which the peer cannot open", ErrFormat, id)
-	case open:
-		return st.attach(l.carrier, l.stream)
-	case !early:
-		refuseLane(l)
+}
+
+// write sends what the session has for the carrier, until either ends.
+func (c *carrier) write() {
+	defer close(c.written)
+	var small []byte
+	var g *segment
+	for {
+		var last bool
+		small, g, last = c.session.next(c, small[:0], g)
+		var err error
+		if len(small) > 0 {
+			_, err = c.conn.Write(small)
+		}
+		if err == nil && g != nil {
+			_, err = c.conn.Write(g.wire)
+		}
+		if last {
+			return
+		}
+		if err != nil {
+			c.session.fail(c, err)
+		}
+	}
+}
+
+// fail ends a carrier, and the session when the peer broke the format.
+func (s *Session) fail(c *carrier, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.closed || s.ctx.Err() != nil {
+		return
+	}
+	if errors.Is(err, ErrFormat) || errors.Is(err, ErrFrameTooLarge) {
+		reason := printable(err.Error())
+		s.end(fmt.Errorf("%w here: %s", ErrClosed, reason), closeFormat, reason)
+		return
+	}
+	err = c.conn.explain(err)
+	if errors.Is(err, ErrClosedByPeer) {
+		s.end(err, closeReason, "")
+		return
+	}
+	s.depart(c, err)
+}
+
+// depart closes a carrier. What it had taken goes another way when the peer has
+// said how much of it came.
+func (s *Session) depart(c *carrier, cause error) {
+	if c.closed {
+		return
+	}
+	s.log.Debug("carrier is gone", "peer", s.peer, "carrier", c.number, "transport", c.conn.transport(), "cause", cause)
+	c.closed = true
+	s.ever.add(c.conn.stats())
+	s.link.cause = cause
+	s.carriers = slices.DeleteFunc(s.carriers, func(other *carrier) bool { return other == c })
+	s.departed[c.number] = c
+	s.reserve()
+	// Of what c had taken, the word on other carriers cannot wait for the peer's on
+	// this one, which may be waiting for it on one of those.
+	for _, g := range c.book {
+		if g.out == nil && !g.over && kind(g.wire[0]) == kindGone {
+			s.settleSegment(g)
+			s.postWire(g.wire)
+		}
+	}
+	s.post(frame{kind: kindGone, channel: c.number, offset: c.received})
+	signal(c.woken)
+	s.running.Go(func() { c.conn.close(closeLost, printable(fmt.Sprint(cause))) })
+	signal(s.link.changed)
+}
+
+// gone takes in that the peer has closed a carrier, and how much it had brought.
+func (s *Session) gone(number uint32, count uint64) error {
+	if i := slices.IndexFunc(s.carriers, func(c *carrier) bool { return c.number == number }); i >= 0 {
+		s.depart(s.carriers[i], errors.New("the peer has given it up"))
+	}
+	c, departed := s.departed[number]
+	if !departed {
+		if _, settled := s.settled[number]; !settled {
+			if err := s.settle(number); err != nil {
+				return err
+			}
+			s.post(frame{kind: kindGone, channel: number})
+		}
+		return nil
+	}
+	if err := s.acknowledge(c, count); err != nil {
+		return err
+	}
+	delete(s.departed, number)
+	urgent := s.urgent
+	s.urgent = nil
+	for _, g := range c.book {
+		if g.users--; g.over {
+			if g.users == 0 {
+				g.free()
+			}
+			continue
+		}
+		if g.out == nil {
+			s.urgent = append(s.urgent, g)
+			continue
+		}
+		g.out.requeue(g)
+	}
+	c.book = nil
+	s.urgent = append(s.urgent, urgent...)
+	s.wakeAll()
+	return s.settle(number)
+}
+
+func (s *Session) settle(number uint32) error {
+	if len(s.settled) >= maxNumbers {
+		return fmt.Errorf("%w: more than %d carriers", ErrFormat, maxNumbers)
+	}
+	s.settled[number] = struct{}{}
+	return nil
+}
+
+// acknowledge takes in how many numbered frames a carrier has brought.
+func (s *Session) acknowledge(c *carrier, count uint64) error {
+	if count > c.taken || count < c.acked {
+		return fmt.Errorf("%w: %d frames acknowledged, after %d of %d", ErrFormat, count, c.acked, c.taken)
+	}
+	n := int(count - c.acked)
+	if n == 0 {
+		return nil
+	}
+	c.acked = count
+	c.progress = time.Now()
+	for _, g := range c.book[:n] {
+		if !g.over {
+			s.delivered += uint64(g.length)
+			s.brought[c.conn.transport()] += uint64(g.length)
+		}
+		s.settleSegment(g)
+		g.release()
+	}
+	clear(c.book[:n])
+	c.book = c.book[n:]
+	if s.stalled() {
+		s.wakeAll()
 	}
 	return nil
 }
 
-func refuseLane(l lane) {
-	l.stream.CancelRead(resetLate)
-	l.stream.CancelWrite(resetLate)
+// settleSegment notes that a segment need not be sent any more.
+func (s *Session) settleSegment(g *segment) {
+	if g.over {
+		return
+	}
+	g.over = true
+	if g.out == nil {
+		s.small--
+	} else if g.wire != nil {
+		s.flight -= g.length
+		s.segments--
+	}
+}
+
+// post queues a frame without data, which every carrier may take.
+func (s *Session) post(f frame) { s.postWire(f.append(nil)) }
+
+func (s *Session) postWire(wire []byte) {
+	s.urgent = append(s.urgent, &segment{wire: wire})
+	s.small++
+	s.wake(Control)
+}
+
+// receive takes in a frame.
+func (s *Session) receive(c *carrier, f frame, p piece) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.closed || s.ctx.Err() != nil {
+		p.free()
+		return nil
+	}
+	c.heard = time.Now()
+	if f.kind.numbered() {
+		c.received++
+		c.untold += len(f.data)
+		switch {
+		case c.received-c.told >= ackFrames || c.untold >= ackBytes:
+			c.acknowledgeNow()
+		case !c.ackSoon:
+			c.ackSoon = true
+			time.AfterFunc(ackDelay, func() {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				if c.ackSoon = false; c.told < c.received {
+					c.acknowledgeNow()
+				}
+			})
+		}
+	}
+	switch f.kind {
+	case kindData:
+		return s.receiveData(f, p)
+	case kindReset, kindDone, kindCredit:
+		return s.receiveWord(f)
+	case kindGone:
+		return s.gone(f.channel, f.offset)
+	case kindAck:
+		return s.acknowledge(c, f.offset)
+	case kindPing:
+		c.acknowledgeNow()
+	case kindClose:
+		reason := printable(string(f.data))
+		s.end(fmt.Errorf("%w: %s", ErrClosedByPeer, reason), closeReason, reason)
+	}
+	return nil
+}
+
+func (c *carrier) acknowledgeNow() {
+	c.ackDue = true
+	signal(c.woken)
+}
+
+// receiveData gives bytes to their channel.
+func (s *Session) receiveData(f frame, p piece) error {
+	c, err := s.channel(f.channel)
+	if c == nil || err != nil {
+		p.free()
+		return err
+	}
+	if f.offset == 0 && c.name == "" {
+		header, n, err := parseChannelHeader(f.data)
+		if err == nil && f.end() > c.in.limit {
+			err = fmt.Errorf("%w: a channel begins with %d bytes", ErrFormat, f.end())
+		}
+		if err != nil {
+			p.free()
+			return err
+		}
+		c.begin(header, n)
+		s.accepts = append(s.accepts, c)
+		signal(s.accepted)
+		f.offset += uint64(n)
+		f.data = f.data[n:]
+		p.data, p.size = f.data, len(f.data)
+	}
+	if err := c.in.take(f, p); err != nil {
+		return err
+	}
+	s.remove(c)
+	return nil
+}
+
+// begin makes a channel of what its header says.
+func (c *Channel) begin(h channelHeader, n int) {
+	c.name = h.name
+	c.out.priority = h.priority
+	c.in.begin(n, h.unordered)
+	c.out.unordered = h.unordered
+}
+
+// channel returns the channel of a number, which the peer may have opened just
+// now, or nil when it is over.
+func (s *Session) channel(id uint32) (*Channel, error) {
+	if c := s.channels[id]; c != nil {
+		return c, nil
+	}
+	if s.own(id) {
+		if id >= s.nextOwn {
+			return nil, fmt.Errorf("%w: channel %d, which only this side can open", ErrFormat, id)
+		}
+		return nil, nil
+	}
+	if id < s.nextPeer {
+		return nil, nil
+	}
+	theirs := len(s.channels) - s.mine
+	if n := (id-s.nextPeer)/2 + 1; n > 2*MaxChannels || theirs+int(n) > 2*MaxChannels {
+		return nil, fmt.Errorf("%w: channel %d is more than %d allowed", ErrFormat, id, MaxChannels)
+	}
+	var c *Channel
+	for ; s.nextPeer <= id; s.nextPeer += 2 {
+		c = newChannel(s, s.nextPeer, Control)
+		s.add(c)
+	}
+	return c, nil
+}
+
+// receiveWord takes in what a frame without data says of its channel.
+func (s *Session) receiveWord(f frame) error {
+	c, err := s.channel(f.channel)
+	if c == nil || err != nil {
+		return err
+	}
+	cause := ErrReset
+	switch resetCode(f.code) {
+	case resetFormat:
+		cause = fmt.Errorf("%w: it found the format broken", ErrReset)
+	case resetInterrupted:
+		cause = fmt.Errorf("%w: it stopped in the middle of a frame", ErrReset)
+	}
+	switch f.kind {
+	case kindCredit:
+		if f.offset > maxOffset {
+			return fmt.Errorf("%w: credit up to %d", ErrFormat, f.offset)
+		}
+		if f.offset > c.out.limit {
+			c.out.limit = f.offset
+			s.wakeAll()
+		}
+	case kindReset:
+		c.in.sealed = true
+		s.stop(c, resetClosed, cause)
+		if c.name == "" { // nobody will ever accept it
+			s.reset(c, resetClosed, ErrClosed)
+		}
+	case kindDone:
+		if resetCode(f.code) != doneAll && !(c.out.cause != nil) {
+			s.reset(c, resetClosed, cause)
+		}
+		c.out.finished = true
+		s.void(c.out)
+	}
+	s.remove(c)
+	return nil
 }

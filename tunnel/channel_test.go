@@ -25,7 +25,7 @@ func pattern(seed uint64, n int) []byte {
 func TestFramesOfEverySizeBothWays(t *testing.T) {
 	from, to := pair(t)
 	a, b := openPair(t, from, to, "memory", Memory)
-	sizes := []int{0, 1, leadSize - 1, leadSize, leadSize + 1, 1452, 4096, 1 << 16, 1<<20 + 7, MaxFrame}
+	sizes := []int{0, 1, 1452, 4096, maxData - frameHead - 1, maxData - frameHead, maxData, maxData + 1, 1 << 16, 1<<20 + 7, MaxFrame}
 	for _, way := range []struct{ from, to *Channel }{{a, b}, {b, a}} {
 		sent := make(chan error, 1)
 		go func() {
@@ -172,7 +172,7 @@ func TestSendInterruptedInAFrameBreaksTheChannelCleanly(t *testing.T) {
 	for before := uint64(0); ; {
 		time.Sleep(50 * time.Millisecond)
 		now := from.Stats().BytesSent
-		if now > MaxFrame && now-before < maxChunk {
+		if now > firstCredit/2 && now-before < maxData {
 			break
 		}
 		before = now
@@ -227,7 +227,7 @@ func TestCloseAfterCloseSendDelivers(t *testing.T) {
 	for _, p := range []Priority{Control, Memory} {
 		from, to := pair(t)
 		a, b := openPair(t, from, to, "closing", p)
-		frame := pattern(1, streamWindowStart-10_000) // fits where nobody reads
+		frame := pattern(1, firstCredit-10_000) // fits where nobody reads
 		if err := a.Send(testContext(t), frame); err != nil {
 			t.Fatal(err)
 		}
@@ -246,7 +246,7 @@ func TestCloseAfterCloseSendDelivers(t *testing.T) {
 
 func TestReaderThatStopsHoldsUpTheSender(t *testing.T) {
 	const frameSize, frames = 256 << 10, 256 // 64 MiB
-	const most = Carriers * (streamWindow + maxChunk)
+	const most = channelWindow
 	from, to := pair(t)
 	a, b := openPair(t, from, to, "memory", Memory)
 	frame := pattern(1, frameSize)

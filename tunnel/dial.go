@@ -2,12 +2,12 @@ package tunnel
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"strconv"
 	"sync"
 	"syscall"
@@ -16,19 +16,49 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// Dial opens a session with the agent peer at addr ("host:port"). It tries the
-// addresses of the host in turn, and succeeds with the first where that agent
-// answers; the session's other carriers join while it is used already. The
-// errors name the agents and the remedy; ErrUntrusted, ErrRefused,
+// DialOptions are what a dialer may choose for its session.
+type DialOptions struct {
+	Transport Transport     // of all its connections
+	MaxOutage time.Duration // how long it outlives the link; zero: DefaultOutage
+}
+
+// Dial opens a session with the agent peer at addr ("host:port"). It tries all
+// addresses of the host, and UDP and TCP, and uses the first where that agent
+// answers. The errors name the agents and the remedy; ErrUntrusted, ErrRefused,
 // ErrUnreachable, ErrVersion and ErrBusy tell them apart.
-func (e *Endpoint) Dial(ctx context.Context, addr string, peer ID) (*Session, error) {
-	var s *Session
-	err := e.dialHost(ctx, addr, peer, func(ctx context.Context, addr netip.AddrPort, peer ID) error {
-		var err error
-		s, err = e.openSession(ctx, addr, peer)
-		return err
-	})
+func (e *Endpoint) Dial(ctx context.Context, addr string, peer ID, o DialOptions) (*Session, error) {
+	s, err := e.open(ctx, addr, peer, o)
 	if err != nil {
+		return nil, fmt.Errorf("dial %s: %w", addr, err)
+	}
+	return s, nil
+}
+
+func (e *Endpoint) open(ctx context.Context, addr string, peer ID, o DialOptions) (*Session, error) {
+	peer, err := ParseID(string(peer))
+	if err != nil {
+		return nil, err
+	}
+	if o.MaxOutage == 0 {
+		o.MaxOutage = DefaultOutage
+	}
+	first, t, err := e.connect(ctx, addr, peer, o.Transport, hello{outage: o.MaxOutage})
+	if err != nil {
+		return nil, err
+	}
+	s, err := e.begin(sessionConfig{
+		peer:      peer,
+		token:     t,
+		dialled:   true,
+		outage:    o.MaxOutage,
+		transport: o.Transport,
+		redial: func(ctx context.Context, transport Transport, number uint32) (conn, error) {
+			c, _, err := e.connect(ctx, addr, peer, transport, hello{token: t, carrier: number, outage: o.MaxOutage})
+			return c, err
+		},
+	}, first, 0)
+	if err != nil {
+		first.close(closeReason, "no session")
 		return nil, err
 	}
 	return s, nil
@@ -131,7 +161,7 @@ func (e *Endpoint) dialOne(ctx context.Context, addr netip.AddrPort, peer ID, le
 		return fmt.Errorf("%s: %w", addr, context.Cause(ctx))
 	}
 	if err != nil {
-		return e.explainDial(addr, peer, time.Since(began), err)
+		return e.explainDial(attempt{addr: addr, transport: QUIC}, peer, time.Since(began), err)
 	}
 	return nil
 }
@@ -156,27 +186,9 @@ func (e *Endpoint) handshake(ctx context.Context, addr netip.AddrPort, peer ID, 
 	return err
 }
 
-func (e *Endpoint) openSession(ctx context.Context, addr netip.AddrPort, peer ID) (*Session, error) {
-	conn, err := e.dialConn(ctx, addr, peer, protocol)
-	if err != nil {
-		return nil, err
-	}
-	t, err := awaitGreeting(ctx, conn)
-	var s *Session
-	if err == nil {
-		s, err = e.keep(conn, nil)
-	}
-	if err != nil {
-		conn.CloseWithError(closeReason, "not greeted")
-		return nil, err
-	}
-	s.run(func() { e.joinAll(s, addr, t) })
-	return s, nil
-}
-
 func (e *Endpoint) dialConn(ctx context.Context, addr netip.AddrPort, peer ID, protocol string) (*quic.Conn, error) {
 	tlsConfig := e.tlsConfig(func(id ID) bool { return id == peer }, protocol)
-	return e.transport.Dial(ctx, net.UDPAddrFromAddrPort(addr), tlsConfig, quicConfig())
+	return e.transport.Dial(ctx, net.UDPAddrFromAddrPort(addr), tlsConfig, e.quicConfig())
 }
 
 func awaitGreeting(ctx context.Context, conn *quic.Conn) (token, error) {
@@ -233,13 +245,11 @@ func awaitRefusal(ctx context.Context, local *net.UDPAddr, addr netip.AddrPort) 
 }
 
 // explainDial says why no session came about, and what an operator can do.
-func (e *Endpoint) explainDial(addr netip.AddrPort, peer ID, took time.Duration, err error) error {
+func (e *Endpoint) explainDial(a attempt, peer ID, took time.Duration, err error) error {
 	var wrong *identityError
 	var failed *quic.TransportError
-	var versions *quic.VersionNegotiationError
 	var closed *quic.ApplicationError
-	var idle *quic.IdleTimeoutError
-	var slow *quic.HandshakeTimeoutError
+	var timeout net.Error
 	switch {
 	case errors.As(err, &wrong):
 		presented := "no Ed25519 key"
@@ -247,26 +257,155 @@ func (e *Endpoint) explainDial(addr netip.AddrPort, peer ID, took time.Duration,
 			presented = "the ID " + string(wrong.presented)
 		}
 		return fmt.Errorf("%w: the agent at %s presents %s, expected is %s: check the address; if the agent has a new identity, run wanmig site add NAME --id with its new ID",
-			ErrUntrusted, addr, presented, peer)
-	case errors.As(err, &failed) && failed.Remote && failed.ErrorCode == alertBadCert:
+			ErrUntrusted, a.addr, presented, peer)
+	case gotAlert(err, alertBadCert):
 		return fmt.Errorf("%w: the agent at %s does not know this agent's ID: run there wanmig site add NAME --id %s",
-			ErrRefused, addr, e.id.ID())
-	case errors.As(err, &versions), errors.As(err, &failed) && failed.ErrorCode == alertNoApplication:
+			ErrRefused, a.addr, e.id.ID())
+	case errors.As(err, new(*quic.VersionNegotiationError)), errors.Is(err, errProtocol), errors.As(err, new(tls.RecordHeaderError)),
+		gotAlert(err, alertNoApplication), sentAlert(err, alertNoApplication):
 		return fmt.Errorf("%w: what answers at %s does not speak %s: install the same version of wanmig on both hosts",
-			ErrVersion, addr, protocol)
+			ErrVersion, a, sessionProtocol)
 	case errors.As(err, &failed) && failed.Remote && failed.ErrorCode == quic.ConnectionRefused:
-		return fmt.Errorf("%w: %s has too many dialers or is stopping: try again", ErrBusy, addr)
+		return fmt.Errorf("%w: %s has too many dialers or is stopping: try again", ErrBusy, a.addr)
 	case errors.As(err, &closed) && closed.Remote:
-		return fmt.Errorf("%s: %w: %s", addr, ErrClosedByPeer, printable(closed.ErrorMessage))
-	case errors.As(err, &idle), errors.As(err, &slow), errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
-		return fmt.Errorf("%w: nothing from %s for %v: check that the agent runs there and that firewalls let UDP port %d through",
-			ErrUnreachable, addr, took.Round(100*time.Millisecond), addr.Port())
+		return fmt.Errorf("%s: %w: %s", a.addr, ErrClosedByPeer, printable(closed.ErrorMessage))
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("%w: nothing listens on UDP %s: start the agent there", ErrUnreachable, addr)
+		return fmt.Errorf("%w: nothing listens on %s: start the agent there", ErrUnreachable, a)
 	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
-		return fmt.Errorf("%w: no route to %s: %w", ErrUnreachable, addr, err)
+		return fmt.Errorf("%w: no route to %s: %w", ErrUnreachable, a.addr, err)
+	case errors.As(err, new(*quic.IdleTimeoutError)), errors.As(err, new(*quic.HandshakeTimeoutError)),
+		errors.As(err, &timeout) && timeout.Timeout(), errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("%w: nothing from %s for %v: check that the agent runs there and that firewalls let %s port %d through",
+			ErrUnreachable, a, took.Round(100*time.Millisecond), a.transport.network(), a.addr.Port())
 	case errors.Is(err, quic.ErrTransportClosed), errors.Is(err, ErrClosed):
 		return fmt.Errorf("%w: this agent is stopping", ErrClosed)
 	}
-	return fmt.Errorf("handshake with %s: %w", addr, err)
+	return fmt.Errorf("handshake with %s: %w", a, err)
+}
+
+// greeted is what an attempt makes: a connection to an agent that has welcomed
+// it, but waits for the confirmation.
+type greeted struct {
+	conn  conn
+	token token
+}
+
+// connect returns a connection to the agent peer at addr ("host:port"), with the
+// token of the session that it is for: that of h, or a new one.
+func (e *Endpoint) connect(ctx context.Context, addr string, peer ID, t Transport, h hello) (conn, token, error) {
+	addrs, err := e.resolve(ctx, addr)
+	if err != nil {
+		return nil, token{}, err
+	}
+	won, err := e.connectTo(ctx, addrs, peer, t, h)
+	if err != nil {
+		return nil, token{}, err
+	}
+	return won.conn, won.token, nil
+}
+
+// connectTo has all addresses of a host and, for Auto, both transports race; the
+// first that is greeted wins.
+func (e *Endpoint) connectTo(ctx context.Context, addrs []netip.AddrPort, peer ID, t Transport, h hello) (greeted, error) {
+	h.port = uint16(e.Addr().(*net.UDPAddr).Port)
+	won, err := race(ctx, planAttempts(addrs, t),
+		func(ctx context.Context, a attempt) (greeted, error) { return e.try(ctx, a, peer, h) },
+		func(late greeted) { late.conn.close(closeReason, "another connection was faster") },
+		isVerdict)
+	if err != nil {
+		return greeted{}, err
+	}
+	if _, err := won.conn.Write([]byte{confirmation}); err != nil {
+		err = won.conn.explain(err)
+		won.conn.close(closeReason, "not confirmed")
+		return greeted{}, err
+	}
+	return won, nil
+}
+
+// verdict is a refusal by the right agent, which no other way to it changes.
+type verdict struct{ error }
+
+func (v verdict) Unwrap() error { return v.error }
+
+func isVerdict(err error) bool {
+	return errors.As(err, new(verdict)) || errors.Is(err, ErrRefused)
+}
+
+// try makes one attempt.
+func (e *Endpoint) try(ctx context.Context, a attempt, peer ID, h hello) (greeted, error) {
+	began := time.Now()
+	attemptCtx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+	defer cancel()
+	g, err := e.tryConn(attemptCtx, a, peer, h)
+	if err == nil {
+		return g, nil
+	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return greeted{}, fmt.Errorf("%s: %w", a.addr, context.Cause(ctx))
+	}
+	if !isVerdict(err) {
+		err = e.explainDial(a, peer, time.Since(began), err)
+	}
+	return greeted{}, err
+}
+
+func (e *Endpoint) tryConn(ctx context.Context, a attempt, peer ID, h hello) (greeted, error) {
+	var c conn
+	var err error
+	if a.transport == TCP {
+		c, err = opened(e.dialTCP(ctx, a.addr, peer, a.narrow))
+	} else {
+		c, err = opened(e.dialWatched(ctx, a.addr, peer))
+	}
+	if err != nil {
+		return greeted{}, err
+	}
+	t, err := ask(ctx, c, h)
+	if err != nil {
+		c.close(closeReason, "not greeted")
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return greeted{}, err
+	}
+	return greeted{c, t}, nil
+}
+
+// dialWatched is dialQUIC, ended when the network says that nothing is there.
+func (e *Endpoint) dialWatched(ctx context.Context, addr netip.AddrPort, peer ID) (c *quicConn, err error) {
+	err = e.handshake(ctx, addr, peer, func(ctx context.Context, addr netip.AddrPort, peer ID) error {
+		c, err = e.dialQUIC(ctx, addr, peer)
+		return err
+	})
+	return c, err
+}
+
+// opened keeps a nil pointer from becoming a conn.
+func opened[C conn](c C, err error) (conn, error) {
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// ask exchanges the greetings with a listener, but for the confirmation.
+func ask(ctx context.Context, c conn, h hello) (token, error) {
+	stop := context.AfterFunc(ctx, func() { c.close(closeReason, "gave up") })
+	defer stop()
+	// A listener that refuses this agent may be gone already, and its reason is
+	// there to be read.
+	_, writeErr := c.Write(h.append(nil))
+	a, err := readAnswer(c)
+	switch {
+	case err != nil:
+		return token{}, errors.Join(err, writeErr)
+	case a.err() != nil:
+		return token{}, verdict{fmt.Errorf("the agent at %s: %w", c.RemoteAddr(), a.err())}
+	case h.token != token{} && a.token != h.token, a.token == token{}:
+		return token{}, fmt.Errorf("%w: greeting of another session", ErrFormat)
+	case !stop():
+		return token{}, context.Cause(ctx)
+	}
+	return a.token, nil
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -22,15 +23,15 @@ func TestDialAnswersThatAreNoAgent(t *testing.T) {
 		want  error
 	}{
 		{"another protocol", "h3", func(*quic.Conn) {}, ErrVersion},
-		{"an empty greeting", protocol, func(c *quic.Conn) {
-			s, err := c.OpenUniStream()
+		{"an empty greeting", sessionProtocol, func(c *quic.Conn) {
+			s, err := c.AcceptStream(context.Background())
 			if err != nil {
 				t.Error(err)
 				return
 			}
 			s.Close()
 		}, ErrFormat},
-		{"a close", protocol, func(c *quic.Conn) { c.CloseWithError(0, "not today\n") }, ErrClosedByPeer},
+		{"a close", sessionProtocol, func(c *quic.Conn) { c.CloseWithError(0, "not today\n") }, ErrClosedByPeer},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			a, _ := listen(t, "127.0.0.1:0", id, only())
@@ -48,7 +49,7 @@ func TestDialAnswersThatAreNoAgent(t *testing.T) {
 					test.serve(conn)
 				}
 			}()
-			_, err = a.Dial(ctx, server.Addr().String(), peer.ID())
+			_, err = a.Dial(ctx, server.Addr().String(), peer.ID(), DialOptions{Transport: QUIC})
 			if !errors.Is(err, test.want) || strings.Contains(err.Error(), "\n") {
 				t.Errorf("error %v, want %v", err, test.want)
 			}
@@ -70,25 +71,25 @@ func TestDialWhereNothingAnswers(t *testing.T) {
 	}
 	defer silent.Close()
 
-	_, err = a.Dial(testContext(t), closed.LocalAddr().String(), peer)
+	_, err = a.Dial(testContext(t), closed.LocalAddr().String(), peer, DialOptions{})
 	if !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "nothing listens on UDP "+closed.LocalAddr().String()) {
 		t.Errorf("closed port: %v", err)
 	}
 
 	ctx, cancel := context.WithTimeout(testContext(t), 300*time.Millisecond)
 	defer cancel()
-	_, err = a.Dial(ctx, silent.LocalAddr().String(), peer)
+	_, err = a.Dial(ctx, silent.LocalAddr().String(), peer, DialOptions{})
 	if !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "firewalls") {
 		t.Errorf("silent port: %v", err)
 	}
 
 	ctx, stop := context.WithCancel(testContext(t))
 	stop()
-	if _, err = a.Dial(ctx, silent.LocalAddr().String(), peer); !errors.Is(err, context.Canceled) {
+	if _, err = a.Dial(ctx, silent.LocalAddr().String(), peer, DialOptions{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 
-	_, err = a.Dial(testContext(t), "[::1]:4000", peer)
+	_, err = a.Dial(testContext(t), "[::1]:4000", peer, DialOptions{})
 	if !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "other IP version") {
 		t.Errorf("other family: %v", err)
 	}
@@ -106,21 +107,19 @@ func TestDialTriesAllAddresses(t *testing.T) {
 	closed.Close()
 	nobody, wrong, right := addrPort(closed.LocalAddr()), addrPort(c.Addr()), addrPort(b.Addr())
 
-	var s *Session
-	open := func(ctx context.Context, addr netip.AddrPort, peer ID) (err error) {
-		s, err = a.openSession(ctx, addr, peer)
-		return err
-	}
-	err = a.dialFirst(testContext(t), []netip.AddrPort{nobody, wrong}, idB.ID(), open)
-	if !errors.Is(err, ErrUnreachable) || !errors.Is(err, ErrUntrusted) || strings.Contains(err.Error(), "\n") {
-		t.Errorf("error %v", err)
-	}
-	go b.Accept(testContext(t))
-	if err := a.dialFirst(testContext(t), []netip.AddrPort{nobody, wrong, right}, idB.ID(), open); err != nil {
-		t.Fatal(err)
-	}
-	if got := addrPort(s.RemoteAddr()); got != right {
-		t.Errorf("connected to %s, want %s", got, right)
+	for _, transport := range bothTransports {
+		_, err = a.connectTo(testContext(t), []netip.AddrPort{nobody, wrong}, idB.ID(), transport, hello{})
+		if !errors.Is(err, ErrUnreachable) || !errors.Is(err, ErrUntrusted) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("error %v", err)
+		}
+		won, err := a.connectTo(testContext(t), []netip.AddrPort{nobody, wrong, right}, idB.ID(), transport, hello{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := mustAddrPort(t, won.conn.RemoteAddr().String()); got != right {
+			t.Errorf("connected to %s, want %s", got, right)
+		}
+		won.conn.close(closeReason, "")
 	}
 }
 
@@ -142,7 +141,7 @@ func TestDialArguments(t *testing.T) {
 		{"127.0.0.1:https", peer, "not a number from 1"},
 		{"site-b.invalid:4000", peer, `find the address of "site-b.invalid"`},
 	} {
-		_, err := a.Dial(testContext(t), test.addr, test.peer)
+		_, err := a.Dial(testContext(t), test.addr, test.peer, DialOptions{})
 		if err == nil || !strings.Contains(err.Error(), test.want) || !strings.HasPrefix(err.Error(), "dial "+test.addr) {
 			t.Errorf("Dial(%q, %q): %v", test.addr, test.peer, err)
 		}
@@ -155,7 +154,18 @@ func TestDialTakesAnIDAsTyped(t *testing.T) {
 	b, _ := listen(t, "127.0.0.1:0", idB, only(idA.ID()))
 	go b.Accept(testContext(t))
 	typed := strings.ToLower(strings.ReplaceAll(string(idB.ID()), "-", " "))
-	if _, err := a.Dial(testContext(t), b.Addr().String(), ID(typed)); err != nil {
+	if _, err := a.Dial(testContext(t), b.Addr().String(), ID(typed), DialOptions{}); err != nil {
 		t.Error(err)
 	}
+}
+
+func portOf(e *Endpoint) string { return strconv.Itoa(e.Addr().(*net.UDPAddr).Port) }
+
+func mustAddrPort(t *testing.T, s string) netip.AddrPort {
+	t.Helper()
+	addr, err := netip.ParseAddrPort(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return addr
 }

@@ -1,11 +1,10 @@
 // Package tunnel carries sessions between two agents: who the peer is, and
-// named channels of frames to it. Beside these it carries packets, such as those
-// of a tunnel for IP.
+// named channels of frames to it, over as many connections as pay, and through the
+// loss of any of them. Beside these it carries packets, such as those of a tunnel
+// for IP.
 //
-// An agent has one Endpoint, a UDP socket that both dials and listens. A
-// Session is up to Carriers QUIC connections (RFC 9000), its carriers, between
-// two agents that trust each other's ID. A Control channel is a bidirectional
-// stream of the first carrier, a Memory or Disk channel one on each carrier.
+// An agent has one Endpoint, a UDP socket and a TCP one at the same port, that
+// both dial and listen. A Session is between two agents that trust each other's ID.
 //
 // # Identity
 //
@@ -27,104 +26,133 @@
 //
 // # A session
 //
+// A session is what two agents have between them from Dial to Close: channels,
+// whose frames arrive exactly once whatever becomes of the connections that carry
+// them. Those are its carriers: QUIC connections (RFC 9000), of which each is one
+// bidirectional stream, and TLS 1.3 over TCP, at the same port number. Behind TLS
+// both are a sequence of bytes in each direction. ALPN is "wanmig/2".
+//
 //	dialer                                   listener
-//	ClientHello, ALPN "wanmig/1"       >
+//	ClientHello                        >
 //	                                   <     ServerHello, certificate, Finished
 //	checks the listener's ID
-//	certificate, Finished              >
-//	                                         checks the dialer's ID
-//	                                   <     greeting, on a unidirectional stream
-//	open                                     open
+//	certificate, Finished, hello       >     checks the dialer's ID
+//	                                         finds the session, or has a place for one
+//	                                   <     answer
+//	1, a byte                          >     makes the session
+//	frames                             <>    frames
 //
-// TLS 1.3 lets a dialer finish before the listener has judged it, so a session
-// exists for the dialer only when it has the greeting:
-//
-//	offset  size  content
-//	0       1     version of the protocol within "wanmig/1": 1
-//	1       16    token of the session, random
-//	17            bytes of later versions, up to 1024; ignored
-//
-// The dialer then adds carriers, from the same socket to the same address, while
-// the first one is used already:
-//
-//	ClientHello, ALPN "wanmig/1/join"  >
-//	                                   <     ServerHello, certificate, Finished
-//	checks the listener's ID
-//	certificate, Finished              >
-//	request, on a unidirectional stream >    checks the dialer's ID
-//	                                         finds the session by token and ID
-//	                                   <     greeting, as above
-//	end of the request's stream        >     uses the carrier
-//
-// The request has the format of the greeting and the token of the session. A
-// request with another token, from another ID or beyond Carriers is refused by
-// closing the connection, and costs the session nothing; nor does a dialer that
-// gives up before the end of its request. The session has fewer carriers then.
-//
-// # States of a session
-//
-//	handshake > greeted > open > closed here      Close, with a reason
-//	    \                  \---> closed by peer   its reason
-//	     refused            \--> lost             silence, or the peer restarted
-//
-// A session dies with its first carrier, and with any other that was added: what
-// was on its way there is lost, and nothing resumes it yet. The reason names the
-// carrier. The keep-alive of KeepAlive and the limit of IdleTimeout bound how long
-// a dead link goes unnoticed.
-//
-// # A channel
-//
-// The opener's stream on the first carrier starts with a header; the acceptor's
-// direction has none.
+// A dialer may try several addresses and both transports at once, and confirms one.
+// Its hello, and the listener's answer:
 //
 //	offset  size  content
 //	0       1     version: 1
-//	1       1     length of the rest: 2 + n or more
-//	2       1     priority: 0 control, 1 memory, 2 disk
-//	3       1     n, length of the name: 1 to 64
-//	4       n     name: a-z, 0-9, '.', '_', '-', '/'
-//	4+n           bytes of later versions; ignored
+//	1       2     length of the rest, at most 1024
+//	3       16    token of the session; zeros ask for a new one
+//	19      4     number of the carrier
+//	23      4     seconds that the session may be without a link
+//	27      2     port at which the dialer listens
+//	29            bytes of later versions; ignored
 //
-// Frames follow in both directions, each a big-endian u32 length of at most
-// MaxFrame and that many bytes. The end of a channel is clean between two frames
-// only.
+//	0       1     version: 1
+//	1       2     length of the rest, at most 1024
+//	3       1     status: 0 welcome, 1 no such session, 2 busy, 3 too many carriers
+//	4       16    token of the session
+//	20            bytes of later versions; ignored
 //
-// The frames of a Control channel stand on the stream as they are. Those of a
-// Memory or Disk channel are one sequence of bytes in each direction, cut at will
-// into chunks, on streams of all carriers. The opener opens these streams, now or
-// when a carrier joins; they may arrive before the channel's first stream, and
-// start with:
+// No number is used twice in a session. The side that has dialled it uses even
+// ones, from 0; the other, which may dial too when the link was lost, odd ones.
+//
+// # Frames of a carrier
+//
+// Numbers are big-endian.
+//
+//	kind        bytes behind the kind                          counts
+//	1 data      flags u8, channel u32, offset u64, n u16, n bytes   yes
+//	2 reset     channel u32, code u8                                yes
+//	3 done      channel u32, code u8                                yes
+//	4 credit    channel u32, limit u64                              yes
+//	5 gone      carrier u32, count u64                              yes
+//	6 ack       count u64                                           no
+//	7 ping                                                          no
+//	8 close     code u8, n u16, n bytes of reason, at most 256      no
+//
+// Each side counts the frames of kinds 1 to 5 that a carrier has brought, and
+// says so with ack on the same carrier: after 16 frames, 64 KiB or 10 ms, and at
+// once when asked with ping. A sender keeps such a frame until a carrier that it
+// has given it to is known to have brought it.
+//
+// When a side closes a carrier, or finds it closed, nothing that still comes on
+// it counts. The side says with gone how much had. The other side does the same,
+// and gives what did not come to other carriers. So a frame is sent again only if
+// it was lost, but for those that a sender has given to two carriers in order to be
+// faster; of these the receiver ignores the second. gone for a carrier that a side
+// has never had is answered with a count of 0. A gone frame whose own carrier is
+// closed is sent again without waiting for the peer's word on that one, which may
+// be in the same position.
+//
+// # Channels
+//
+// A channel is a sequence of bytes in each direction. The side that has dialled
+// the session numbers those that it opens 0, 2, 4, the other 1, 3, 5. A data frame
+// says where its at most 16368 bytes belong; its flag 1 says that the direction
+// ends behind them, and only then may it have none. Bytes that are sent again are
+// cut as they were. What the opener sends begins with a header, whole in the
+// channel's first data frame:
 //
 //	offset  size  content
 //	0       1     version: 1
-//	1       1     length of the rest: 8 or more
-//	2       8     QUIC stream ID of the channel's stream on the first carrier
-//	10            bytes of later versions; ignored
+//	1       1     length of the rest: 3 + n or more
+//	2       1     priority: 0 control, 1 tail, 2 memory, 3 disk, 4 background
+//	3       1     flags: 1 unordered
+//	4       1     n, length of the name: 1 to 64
+//	5       n     name: a-z, 0-9, '.', '_', '-', '/'
+//	5+n           bytes of later versions; ignored
 //
-// Chunks follow in both directions, on the first carrier behind the channel's
-// header:
+// The bytes behind it, and those of the other direction, are the channel's frames,
+// each a u32 length of at most MaxFrame and that many bytes. Of an unordered
+// channel each data frame is one frame, without a length, and the header has one
+// for itself.
 //
-//	offset  size  content
-//	0       8     offset of the chunk in its direction
-//	8       2     n, length: 1 to 16384; 0 at the end of the direction
-//	10      n     bytes
+// A side may send 256 KiB of a direction, and then up to the limit that the peer
+// has given it with credit; limits never go down. done says that the receiver wants no
+// more: code 0 when it has had everything to the end, or why it will not. reset says
+// that the sender has ended its direction early, also when it was told so by done;
+// what of it was not received yet is void. A channel is over when both directions
+// have their end or reset, and their done. The codes:
 //
-// Offsets ascend on each carrier and never overlap; a chunk goes to the first
-// carrier that can take it, but not to the session's first one when there is
-// another. A direction that is ended states its end, a chunk of length 0, on each
-// stream, which ends there. A breach of this resets the channel, a bad header ends
-// the session.
-//
-// A stream that is reset carries one of these codes:
-//
+//	0  all was received
 //	1  the channel was closed before its end
 //	2  the peer broke the format
 //	3  a frame was interrupted in its middle
-//	4  the channel was over when this stream of it came; nothing is missing
 //
-// Connections are closed with a reason and application code 0, with code 1 when
-// the peer broke the format of a header, or with code 2 when another connection
-// of the session or the packets was lost.
+// Each side has at most MaxChannels open that it has opened itself. A breach of any
+// of this ends the session with a close frame of code 1. Code 0 is an end with a
+// reason, code 2 a carrier or a session that was lost.
+//
+// # States of a session
+//
+//	     all carriers silent, or none
+//	up <------------------------------> lost ---> ended: for longer than the outage that
+//	 |     a carrier brings something     |       it was allowed, or the peer was restarted
+//	 \---> ended: close, by either side <-/
+//
+// Without a sign of life for a second a carrier is asked for one. One that is silent
+// for 4 s while another is not, or that acknowledges nothing for 20 s, is
+// given up; when all are, the link is lost. Then the side that has dialled looks up
+// the peer's address again and dials, and after 3 s the other side does so too, to
+// where its peer was: again after a quarter of a second, later 2 s, or at once when an address or
+// route of the host changes.
+//
+// # What goes when
+//
+// A carrier takes the next frame when it can send, so the fastest carry most. Of
+// the channels that have something to send, it takes the highest priority; those of
+// memory and disks take turns. Of several carriers one takes control frames only,
+// and a small control frame goes over a second carrier too: one lost packet does not delay
+// it. A carrier that finds nothing to send takes what has been on its way for long over
+// another, which waits for a lost packet. A rate that the user or the governor sets holds back all but
+// control frames.
 //
 // # Packets
 //
@@ -178,35 +206,16 @@
 // Only append: new bytes go where the tables say "later versions", and a reader
 // ignores what it does not know there. Anything else is a new ALPN name.
 //
-// # Carriers
-//
-// QUIC's NewReno leaves slow start early where delays vary, and then grows by a
-// packet per round trip; after a loss it needs long to recover. Several
-// connections do both as many times faster. Used of an emulated link in 15 s
-// by the frames of one Memory channel, with 1, 4, 8 and 16 connections, on a busy
-// host with two cores:
-//
-//	100 Mbit/s,  50 ms, no loss    80   95   96   90 %
-//	200 Mbit/s, 100 ms, no loss    93   89   95   94 %
-//	200 Mbit/s, 100 ms, 0.01 %     29    -   85   95 %
-//	200 Mbit/s, 100 ms, 0.1 %       6   14   29   58 %
-//
-// Like other TCP-friendly senders they fill the queue of the narrowest link, so
-// control frames take the path's time and that queue's.
-//
 // # Memory and buffering
 //
-// Send on a Control channel returns when all but the last 1452 bytes of the frame
-// are in packets that congestion control and flow control let go. On another
-// channel each carrier holds one chunk besides, so that up to 15 x 16 KiB of the
-// channel have not left when Send returns. Beyond them only the host's own queues
-// (quic-go's of a few packets, the socket, the interface) hold data, and these
-// count as in flight.
+// Send returns when all but the last 64 KiB of what a channel was given has been taken by
+// carriers. A carrier over TCP lets 64 KiB wait in its socket for what congestion control
+// allows, one over QUIC a packet.
 //
-// A receiver puts chunks into order without storing them: a chunk that is ahead
-// stays in the flow-control window of its carrier, and of the others the missing
-// one is at the head of its carrier's stream. So a reader that stops holds up to
-// 2 MiB on each carrier, 32 MiB in all, and its session 12 MiB on each carrier,
-// 192 MiB in all, whatever the peer sends; five channels that stopped at their
-// limit leave the others room, and leave the first carrier to control frames.
+// Until the peer has acknowledged them, a session keeps at most 64 MiB and 16384
+// frames of what it has sent. A receiver keeps what comes before its turn: on a channel up
+// to 32 MiB beyond what its reader has had, on all channels of a session 96 MiB, and
+// 256 KiB more on each. A reader that never begins holds 256 KiB. Besides, a
+// carrier over QUIC holds up to 6 MiB behind a packet that was lost, and one over TCP
+// what the kernel's socket buffer does.
 package tunnel

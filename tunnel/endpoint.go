@@ -3,7 +3,6 @@ package tunnel
 import (
 	"context"
 	"crypto/ed25519"
-	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -20,8 +19,7 @@ import (
 )
 
 const (
-	protocol     = "wanmig/1"      // ALPN of a session's first connection
-	joinProtocol = "wanmig/1/join" // and of the others
+	joinProtocol = "wanmig/1/join" // ALPN of connections that join others for packets
 
 	// maxHandshakes is how many dialers may be in their handshake, or wait for
 	// Accept; above retryFrom of them a dialer first proves its address. Every
@@ -34,72 +32,99 @@ const (
 	refusalBurst    = 20
 )
 
-// Endpoint is an agent's UDP socket, from which it dials other agents and at
-// which it accepts their sessions.
+// Endpoint is an agent's UDP socket and TCP listener, which have the same port
+// number: from it the agent dials others, and accepts their sessions.
 type Endpoint struct {
 	id        *Identity
 	log       *slog.Logger
 	socket    net.PacketConn
 	transport *quic.Transport
 	listener  *quic.Listener
+	trusted   func(ID) bool
+	qlog      *qlogFolder   // nil: none
+	network   *networkWatch // of this host's addresses and routes
+
+	ctx    context.Context // ends when the endpoint is closed
+	cancel context.CancelFunc
 
 	handshakes atomic.Int64
+	tcpCrowd   *crowd
 	refusals   *rate.Limiter
 	unlogged   atomic.Int64
-	arrivals   chan *quic.Conn // dialled sessions that wait for Accept
-	offers     chan offer      // dialled connections for packets that wait for AcceptPackets
-	deaf       chan struct{}   // closed when no dialer is heard any more
-	accepting  sync.WaitGroup  // what fills arrivals and offers
-	running    sync.WaitGroup  // everything else that the endpoint and its sessions run
+	arrivals   chan *Session  // dialled sessions that wait for Accept
+	offers     chan offer     // dialled connections for packets that wait for AcceptPackets
+	deaf       chan struct{}  // closed when no dialer is heard any more
+	accepting  sync.WaitGroup // what fills arrivals and offers
+	carrying   sync.WaitGroup // what sessions run
+	running    sync.WaitGroup // everything else
 
-	mu     sync.Mutex
-	open   map[bundled]struct{}
-	tokens map[token]bundled // what may be joined
-	closed bool
+	mu       sync.Mutex
+	sessions map[token]*Session
+	packets  map[*Packets]struct{}
+	tokens   map[token]*Packets // what may be joined
+	closed   bool
 }
 
-// Listen opens the UDP address addr ("host:port"; without a host, all addresses
-// of both families). trusted says whose sessions are accepted; it is called for
+// Options are what an endpoint does on request.
+type Options struct {
+	// Qlog names a folder that gets a file for each QUIC connection, as
+	// QlogSize and QlogFiles bound them. Empty: none. It costs about as much CPU
+	// time as QUIC itself, and a file is full after less than 200 MiB of data.
+	Qlog string
+}
+
+// Listen opens addr ("host:port"; without a host, all addresses of both families)
+// for UDP and TCP. trusted says whose sessions are accepted; it is called for
 // each handshake, also concurrently. Refused peers are logged with their ID and
 // address.
 func Listen(addr string, id *Identity, trusted func(ID) bool, log *slog.Logger) (*Endpoint, error) {
-	local, err := net.ResolveUDPAddr("udp", addr)
-	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", addr, err)
-	}
-	network := "udp"
-	if local.IP.To4() != nil { // else 0.0.0.0 would listen on IPv6 too
-		network = "udp4"
-	}
-	socket, err := net.ListenUDP(network, local)
-	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", addr, err)
-	}
+	return ListenWith(addr, id, trusted, log, Options{})
+}
+
+// ListenWith is Listen with options.
+func ListenWith(addr string, id *Identity, trusted func(ID) bool, log *slog.Logger, o Options) (*Endpoint, error) {
 	silenceBufferWarning()
-	e, err := newEndpoint(socket, id, trusted, log)
+	socket, tcp, err := listenBoth(addr, log)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", addr, err)
+	}
+	qlog, err := openQlogFolder(o.Qlog)
+	var e *Endpoint
+	if err == nil {
+		e, err = newEndpoint(socket, id, trusted, qlog, log)
+	}
 	if err != nil {
 		socket.Close()
+		tcp.Close()
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
 	}
+	e.accepting.Go(func() { e.acceptTCP(tcp) })
+	e.running.Go(func() { e.network.watch(e.ctx, log) })
 	reportBuffers(socket, wantedBuffer, log)
 	return e, nil
 }
 
-func newEndpoint(socket net.PacketConn, id *Identity, trusted func(ID) bool, log *slog.Logger) (*Endpoint, error) {
+// newEndpoint makes an endpoint of the part that speaks QUIC.
+func newEndpoint(socket net.PacketConn, id *Identity, trusted func(ID) bool, qlog *qlogFolder, log *slog.Logger) (*Endpoint, error) {
 	resetKey, err := id.resetKey()
 	if err != nil {
 		return nil, err
 	}
 	e := &Endpoint{
+		trusted:  trusted,
+		qlog:     qlog,
+		network:  &networkWatch{},
+		sessions: make(map[token]*Session),
+		tcpCrowd: newCrowd(maxHandshakes, maxFromHost),
 		id:       id,
 		log:      log,
 		socket:   socket,
 		refusals: rate.NewLimiter(rate.Every(refusalInterval), refusalBurst),
-		arrivals: make(chan *quic.Conn, maxHandshakes),
+		arrivals: make(chan *Session, maxHandshakes),
 		offers:   make(chan offer),
 		deaf:     make(chan struct{}),
-		open:     make(map[bundled]struct{}),
-		tokens:   make(map[token]bundled),
+		packets:  make(map[*Packets]struct{}),
+		tokens:   make(map[token]*Packets),
 	}
 	e.transport = &quic.Transport{
 		Conn:                socket,
@@ -107,9 +132,10 @@ func newEndpoint(socket net.PacketConn, id *Identity, trusted func(ID) bool, log
 		VerifySourceAddress: func(net.Addr) bool { return e.handshakes.Load() >= retryFrom },
 		ConnContext:         e.admit,
 	}
-	tlsConfig := e.tlsConfig(trusted, protocol, joinProtocol, packetsProtocol)
+	e.ctx, e.cancel = context.WithCancel(context.Background())
+	tlsConfig := e.tlsConfig(trusted, sessionProtocol, packetsProtocol, joinProtocol)
 	tlsConfig.ClientAuth = tls.RequireAnyClientCert
-	e.listener, err = e.transport.Listen(tlsConfig, quicConfig())
+	e.listener, err = e.transport.Listen(tlsConfig, e.quicConfig())
 	if err != nil {
 		return nil, err
 	}
@@ -179,17 +205,16 @@ func (e *Endpoint) admit(ctx context.Context, dialer *quic.ClientInfo) (context.
 // TLS checks that it holds the key.
 func (e *Endpoint) logHandshake(addr net.Addr, cause error) {
 	var unknown *identityError
-	var failed *quic.TransportError
 	switch {
 	case errors.As(cause, &unknown) && unknown.presented != "":
 		e.logRefusal("refused an agent that is not trusted", "peer", unknown.presented, "addr", addr,
 			"remedy", fmt.Sprintf("if it is one of yours: wanmig site add NAME --id %s", unknown.presented))
 	case errors.As(cause, &unknown):
 		e.logRefusal("refused a dialer without an Ed25519 key", "addr", addr)
-	case errors.As(cause, &failed) && failed.Remote && failed.ErrorCode == alertBadCert:
+	case gotAlert(cause, alertBadCert):
 		e.logRefusal("a dialer did not accept this agent's identity", "addr", addr, "id", e.id.ID())
-	case errors.As(cause, &failed) && failed.ErrorCode == alertNoApplication:
-		e.logRefusal("refused a dialer of another protocol version", "addr", addr, "protocol", protocol)
+	case errors.Is(cause, errProtocol), sentAlert(cause, alertNoApplication), gotAlert(cause, alertNoApplication):
+		e.logRefusal("refused a dialer of another protocol version", "addr", addr, "protocol", sessionProtocol)
 	default:
 		e.log.Debug("handshake ended", "addr", addr, "cause", cause)
 	}
@@ -213,64 +238,86 @@ func leave(conn *quic.Conn) bool {
 	return ok && a.leave()
 }
 
-// acceptConns sorts the connections of dialers into new sessions, carriers of
-// sessions and connections for packets, until the listener is closed.
+// acceptConns sorts the connections of dialers into those of sessions and those
+// for packets, until the listener is closed.
 func (e *Endpoint) acceptConns() {
 	for {
 		conn, err := e.listener.Accept(context.Background())
 		if err != nil {
-			close(e.arrivals)
 			close(e.deaf)
 			return
 		}
 		switch conn.ConnectionState().TLS.NegotiatedProtocol {
+		case sessionProtocol:
+			e.accepting.Go(func() { e.greetQUIC(conn) })
 		case joinProtocol:
 			e.accepting.Go(func() { e.join(conn) })
-			continue
 		case packetsProtocol:
 			e.accepting.Go(func() { e.offerPackets(conn) })
-			continue
-		}
-		select {
-		case e.arrivals <- conn:
-		default:
-			e.logRefusal("refused a dialer: too many wait", "addr", conn.RemoteAddr(), "limit", maxHandshakes)
-			leave(conn)
-			conn.CloseWithError(closeReason, "too many dialers wait")
 		}
 	}
 }
 
-// Accept returns the next session that a trusted agent has dialled. The dialer's
-// Dial succeeds when Accept has taken it up.
+// Accept returns the next session that a trusted agent has dialled.
 func (e *Endpoint) Accept(ctx context.Context) (*Session, error) {
 	for {
-		var conn *quic.Conn
-		var open bool
 		select {
-		case conn, open = <-e.arrivals:
+		case s := <-e.arrivals:
+			if s.Err() == nil {
+				return s, nil
+			}
+			e.log.Debug("session ended before it was accepted", "peer", s.Peer(), "cause", s.Err())
+		case <-e.deaf:
+			return nil, fmt.Errorf("accept session: %w", ErrClosed)
 		case <-ctx.Done():
 			return nil, fmt.Errorf("accept session: %w", context.Cause(ctx))
 		}
-		if !open {
-			return nil, fmt.Errorf("accept session: %w", ErrClosed)
-		}
-		if !leave(conn) {
-			continue // it ended while it waited, and was logged then
-		}
-		var t token
-		rand.Read(t[:]) // never fails
-		s, err := e.keep(conn, &t)
-		if err == nil {
-			err = greet(conn, t)
-		}
-		if err != nil {
-			e.log.Debug("session ended before it was accepted", "addr", conn.RemoteAddr(), "cause", err)
-			conn.CloseWithError(closeReason, "not accepted")
-			continue
-		}
-		return s, nil
 	}
+}
+
+// begin makes a session, of a connection that is its carrier c.
+func (e *Endpoint) begin(config sessionConfig, c conn, number uint32) (*Session, error) {
+	config.network = e.network.listen
+	config.running = &e.carrying
+	config.log = e.log
+	s, err := e.enter(config)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.carry(c, number); err != nil {
+		s.Close(err.Error())
+		return nil, err
+	}
+	return s, nil
+}
+
+// enter makes a session, and keeps it until it ends, so that it can be resumed
+// and Close can close it.
+func (e *Endpoint) enter(config sessionConfig) (*Session, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return nil, ErrClosed
+	}
+	if e.sessions[config.token] != nil {
+		return nil, fmt.Errorf("%w: the token of another session", ErrFormat)
+	}
+	s := newSession(config)
+	e.sessions[config.token] = s
+	s.run(func() {
+		<-s.Done()
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		delete(e.sessions, config.token)
+	})
+	return s, nil
+}
+
+// session returns the session that has the token, or nil.
+func (e *Endpoint) session(t token) *Session {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.sessions[t]
 }
 
 func greet(conn *quic.Conn, t token) error {
@@ -284,46 +331,47 @@ func greet(conn *quic.Conn, t token) error {
 	return stream.Close()
 }
 
-// keep makes a session of its first connection. With a token it can be joined.
-func (e *Endpoint) keep(conn *quic.Conn, t *token) (*Session, error) {
-	peer, ok := peerID(conn.ConnectionState().TLS)
-	if !ok {
-		return nil, &identityError{}
-	}
-	s := newSession(conn, peer, t == nil, &e.running)
-	return s, e.hold(s, t)
-}
-
-// hold keeps a bundle until it ends, so that Close can close it.
-func (e *Endpoint) hold(it bundled, t *token) error {
+// hold keeps Packets until they end, so that Close can close them. With a token
+// they can be joined.
+func (e *Endpoint) hold(it *Packets, t *token) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closed {
 		return ErrClosed
 	}
-	e.open[it] = struct{}{}
+	e.packets[it] = struct{}{}
 	if t != nil {
 		e.tokens[*t] = it
 	}
-	b := it.common()
-	b.run(func() {
-		<-b.Done()
+	it.run(func() {
+		<-it.Done()
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		delete(e.open, it)
+		delete(e.packets, it)
 		if t != nil {
 			delete(e.tokens, *t)
 		}
 	})
-	b.watch(b.first, 1)
+	it.watch(it.first, 1)
 	return nil
 }
 
-// Addr returns the local address.
+// run runs f, for which Close waits.
+func (e *Endpoint) run(f func()) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return ErrClosed
+	}
+	e.running.Go(f)
+	return nil
+}
+
+// Addr returns the local address, of UDP; TCP has the same port.
 func (e *Endpoint) Addr() net.Addr { return e.socket.LocalAddr() }
 
 // Close tells the peers of all sessions and connections for packets that the
-// agent stops, and closes the socket. It returns when everything that the endpoint
+// agent stops, and closes the sockets. It returns when everything that the endpoint
 // ran has ended.
 func (e *Endpoint) Close() error {
 	e.mu.Lock()
@@ -332,18 +380,20 @@ func (e *Endpoint) Close() error {
 		return nil
 	}
 	e.closed = true
-	open := slices.Collect(maps.Keys(e.open))
+	packets := slices.Collect(maps.Keys(e.packets))
+	sessions := slices.Collect(maps.Values(e.sessions))
 	e.mu.Unlock()
 
 	const reason = "the agent is stopping"
 	err := e.listener.Close()
-	for _, it := range open {
-		it.common().Close(reason)
+	for _, p := range packets {
+		p.Close(reason)
 	}
-	for conn := range e.arrivals { // dialers that nobody has accepted
-		leave(conn)
-		conn.CloseWithError(closeReason, reason)
+	for _, s := range sessions {
+		s.Close(reason)
 	}
+	e.carrying.Wait() // until the peers are told
+	e.cancel()
 	err = errors.Join(err, e.transport.Close(), e.socket.Close())
 	e.accepting.Wait()
 	e.running.Wait()

@@ -38,7 +38,7 @@ func TestSessionsOverBothFamilies(t *testing.T) {
 				}
 			}()
 			addr := net.JoinHostPort(test.host, fmt.Sprint(b.Addr().(*net.UDPAddr).Port))
-			s, err := a.Dial(ctx, addr, idB.ID())
+			s, err := a.Dial(ctx, addr, idB.ID(), DialOptions{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -111,31 +111,33 @@ func TestEndpointClose(t *testing.T) {
 	if err := to.Err(); !errors.Is(err, ErrClosed) {
 		t.Errorf("our session ends with %v", err)
 	}
-	if _, err := b.Dial(testContext(t), a.Addr().String(), idA.ID()); !errors.Is(err, ErrClosed) {
+	if _, err := b.Dial(testContext(t), a.Addr().String(), idA.ID(), DialOptions{}); !errors.Is(err, ErrClosed) {
 		t.Errorf("Dial returns %v", err)
 	}
 }
 
 func TestEndpointCloseTurnsAwayWhoWaits(t *testing.T) {
-	idA, idB := testIdentity(t), testIdentity(t)
-	a, _ := listen(t, "127.0.0.1:0", idA, only(idB.ID()))
-	b, _ := listen(t, "127.0.0.1:0", idB, only(idA.ID()))
-	dialled := make(chan error, 1)
-	go func() { // completes its handshake, but nobody accepts
-		_, err := a.Dial(testContext(t), b.Addr().String(), idB.ID())
-		dialled <- err
-	}()
-	for b.handshakes.Load() == 0 {
-		time.Sleep(time.Millisecond)
-	}
-	if err := b.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-dialled; !errors.Is(err, ErrClosedByPeer) && !errors.Is(err, ErrBusy) {
-		t.Errorf("Dial returns %v", err)
-	}
-	if n := b.handshakes.Load(); n != 0 {
-		t.Errorf("%d handshakes are still counted", n)
+	for _, transport := range bothTransports {
+		idA, idB := testIdentity(t), testIdentity(t)
+		a, _ := listen(t, "127.0.0.1:0", idA, only(idB.ID()))
+		b, _ := listen(t, "127.0.0.1:0", idB, only(idA.ID()))
+		s, err := a.Dial(testContext(t), b.Addr().String(), idB.ID(), DialOptions{Transport: transport}) // nobody accepts it
+		if err != nil {
+			t.Fatal(err)
+		}
+		for b.session(s.token) == nil {
+			time.Sleep(time.Millisecond)
+		}
+		if err := b.Close(); err != nil {
+			t.Fatal(err)
+		}
+		<-s.Done()
+		if err := s.Err(); !errors.Is(err, ErrClosedByPeer) || !strings.Contains(err.Error(), "the agent is stopping") {
+			t.Errorf("over %v the session ends with %v", transport, err)
+		}
+		if n := b.handshakes.Load(); n != 0 {
+			t.Errorf("%d handshakes are still counted", n)
+		}
 	}
 }
 

@@ -1,8 +1,10 @@
 package tunnel
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 	"unicode"
 
@@ -45,24 +47,52 @@ var (
 	ErrFormat = errors.New("malformed header")
 )
 
-// Codes of a reset stream and of a closed connection, see the package's tables.
-const (
-	resetClosed      quic.StreamErrorCode = 1
-	resetFormat      quic.StreamErrorCode = 2
-	resetInterrupted quic.StreamErrorCode = 3
-	resetLate        quic.StreamErrorCode = 4
+// resetCode says why one side of a channel has ended early.
+type resetCode uint8
 
-	closeReason quic.ApplicationErrorCode = 0
-	closeFormat quic.ApplicationErrorCode = 1
-	closeLost   quic.ApplicationErrorCode = 2
+const (
+	doneAll          resetCode = 0 // not early: all was received
+	resetClosed      resetCode = 1
+	resetFormat      resetCode = 2
+	resetInterrupted resetCode = 3
 )
 
-// QUIC reports TLS alerts as 0x100 + alert (RFC 9001, section 4.8).
+// closeCode says why a connection or a session has ended. QUIC tells it the peer;
+// TCP has no words for it.
+type closeCode = quic.ApplicationErrorCode
+
 const (
-	cryptoErrors       quic.TransportErrorCode = 0x100
-	alertBadCert                               = cryptoErrors + 42
-	alertNoApplication                         = cryptoErrors + 120
+	closeReason closeCode = 0
+	closeFormat closeCode = 1
+	closeLost   closeCode = 2
 )
+
+const (
+	alertBadCert       tls.AlertError = 42
+	alertNoApplication tls.AlertError = 120
+
+	// QUIC reports TLS alerts as 0x100 + alert (RFC 9001, section 4.8).
+	cryptoErrors quic.TransportErrorCode = 0x100
+)
+
+// errProtocol is the reason why a peer without our ALPN was not accepted.
+var errProtocol = errors.New("another protocol")
+
+// sentAlert says whether err is a TLS alert that this side has sent, and
+// gotAlert whether the peer has. Over TCP crypto/tls tells it by its text only.
+func sentAlert(err error, alert tls.AlertError) bool {
+	var failed *quic.TransportError
+	return errors.As(err, &failed) && !failed.Remote && failed.ErrorCode == cryptoErrors+quic.TransportErrorCode(alert)
+}
+
+func gotAlert(err error, alert tls.AlertError) bool {
+	var failed *quic.TransportError
+	if errors.As(err, &failed) {
+		return failed.Remote && failed.ErrorCode == cryptoErrors+quic.TransportErrorCode(alert)
+	}
+	var told *net.OpError
+	return errors.As(err, &told) && told.Op == "remote error" && told.Err.Error() == alert.Error()
+}
 
 // identityError is the reason why a peer's certificate was not accepted.
 type identityError struct {

@@ -1,10 +1,10 @@
 package tunnel
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
-	"maps"
 	"math/rand/v2"
 	"net"
 	"slices"
@@ -78,6 +78,12 @@ func (w *wan) SendPacket(packet simnet.Packet) error {
 	return nil
 }
 
+func (w *wan) setCut(cut bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.cut = cut
+}
+
 func (w *wan) close() {
 	w.mu.Lock()
 	w.cut = true
@@ -97,7 +103,7 @@ func wanEndpoints(t *testing.T, w *wan, idA, idB *Identity) (a, b *Endpoint) {
 	ends := make([]*Endpoint, 2)
 	for i, id := range []*Identity{idA, idB} {
 		addr := &net.UDPAddr{IP: net.IPv4(192, 0, 2, byte(1+i)).To4(), Port: 4000}
-		e, err := newEndpoint(simnet.NewBlockingSimConn(addr, w), id, only(idA.ID(), idB.ID()), (&logBook{}).logger())
+		e, err := newEndpoint(simnet.NewBlockingSimConn(addr, w), id, only(idA.ID(), idB.ID()), nil, (&logBook{}).logger())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -106,6 +112,9 @@ func wanEndpoints(t *testing.T, w *wan, idA, idB *Identity) (a, b *Endpoint) {
 	}
 	return ends[0], ends[1]
 }
+
+// linkTestOutage is how long the sessions of overWAN outlive the link.
+const linkTestOutage = 2 * time.Minute
 
 // overWAN runs test in virtual time with the two ends of a session over w.
 func overWAN(t *testing.T, w *wan, test func(t *testing.T, from, to *Session)) {
@@ -120,7 +129,7 @@ func overWAN(t *testing.T, w *wan, test func(t *testing.T, from, to *Session)) {
 			}
 			accepted <- s
 		}()
-		from, err := a.Dial(context.Background(), "192.0.2.2:4000", idB.ID())
+		from, err := a.Dial(context.Background(), "192.0.2.2:4000", idB.ID(), DialOptions{Transport: QUIC, MaxOutage: linkTestOutage})
 		to := <-accepted
 		if err != nil || to == nil {
 			t.Fatal(err)
@@ -266,147 +275,50 @@ func TestSendKeepsThePaceOfTheLink(t *testing.T) {
 	})
 }
 
+func TestSessionOutlivesACutLink(t *testing.T) {
+	w := slowWAN()
+	overWAN(t, w, func(t *testing.T, from, to *Session) {
+		a, b := openPair(t, from, to, "memory", Memory)
+		time.Sleep(10 * IdleTimeout) // keep-alives hold an idle session
+		w.setCut(true)
+		sent := make(chan error, 1)
+		frame := pattern(1, 1<<20)
+		go func() { sent <- a.Send(context.Background(), frame) }()
+		time.Sleep(2 * IdleTimeout) // every connection dies
+		for _, s := range []*Session{from, to} {
+			if l := s.Link(); s.Err() != nil || l.LostSince.IsZero() {
+				t.Errorf("in the cut: %v, %+v", s.Err(), l)
+			}
+		}
+		w.setCut(false)
+		back := time.Now()
+		if got, err := b.Recv(context.Background(), nil); err != nil || !bytes.Equal(got, frame) {
+			t.Errorf("received %d bytes, %v", len(got), err)
+		}
+		if took := time.Since(back); took > 15*time.Second {
+			t.Errorf("the session needed %v", took)
+		}
+		if err := <-sent; err != nil {
+			t.Error(err)
+		}
+		exchange(t, to, from)
+	})
+}
+
 func TestCutLinkEndsTheSession(t *testing.T) {
 	w := slowWAN()
 	overWAN(t, w, func(t *testing.T, from, to *Session) {
-		time.Sleep(10 * IdleTimeout) // keep-alives hold an idle session
-		if from.Err() != nil || to.Err() != nil {
-			t.Fatalf("an idle session ended: %v, %v", from.Err(), to.Err())
-		}
-		w.mu.Lock()
-		w.cut = true
-		w.mu.Unlock()
+		w.setCut(true)
 		cut := time.Now()
 		<-from.Done()
-		if took := time.Since(cut); took < IdleTimeout-KeepAlive || took > IdleTimeout+KeepAlive {
-			t.Errorf("noticed after %v", took)
+		if took := time.Since(cut); took < linkTestOutage-KeepAlive || took > linkTestOutage+2*KeepAlive {
+			t.Errorf("given up after %v", took)
 		}
 		for _, s := range []*Session{from, to} {
 			<-s.Done()
 			if err := s.Err(); !errors.Is(err, ErrLost) || !strings.Contains(err.Error(), "no answer from 192.0.2.") {
 				t.Errorf("the session ends with %v", err)
 			}
-		}
-	})
-}
-
-func TestHeaderThatNeverComes(t *testing.T) {
-	overWAN(t, slowWAN(), func(t *testing.T, from, to *Session) {
-		stream, err := from.first.OpenStream()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := stream.Write([]byte{1, 3}); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := to.Accept(context.Background()); !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), "incomplete after") {
-			t.Errorf("Accept: %v", err)
-		}
-	})
-}
-
-// One connection would get a tenth of this link.
-func TestCarriersFillALinkThatLosesPackets(t *testing.T) {
-	w := slowWAN()
-	w.queue, w.loss = 250_000, 0.003
-	overWAN(t, w, func(t *testing.T, from, to *Session) {
-		ctx, stop := context.WithTimeout(context.Background(), 20*time.Second)
-		defer stop()
-		out, in := openPair(t, from, to, "memory", Memory)
-		var sending sync.WaitGroup
-		sending.Go(func() {
-			frame := make([]byte, 256<<10)
-			for out.Send(ctx, frame) == nil {
-			}
-		})
-		var got int
-		var buf []byte
-		var err error
-		for err == nil {
-			buf, err = in.Recv(ctx, buf)
-			got += len(buf)
-		}
-		sending.Wait()
-		if got < 20*w.rate*6/10 {
-			t.Errorf("%d bytes in 20 s are below 60 %% of the link", got)
-		}
-		t.Logf("%d bytes, %d %% of the link", got, got*100/(20*w.rate))
-	})
-}
-
-func TestSilentCarrierEndsTheSession(t *testing.T) {
-	w := slowWAN()
-	overWAN(t, w, func(t *testing.T, from, to *Session) {
-		a, b := openPair(t, from, to, "memory", Memory)
-		awaitCarriers(t, from, Carriers)
-		// Short headers start with the connection's ID at the receiver.
-		shortID := func(packet []byte) (id [4]byte, ok bool) {
-			if packet[0]&0x80 != 0 || len(packet) < 5 {
-				return id, false
-			}
-			return [4]byte(packet[1:5]), true
-		}
-		seen := func(use func()) map[[4]byte]bool {
-			ids := make(map[[4]byte]bool)
-			w.mu.Lock()
-			w.drops = func(packet []byte) bool {
-				if id, ok := shortID(packet); ok {
-					ids[id] = true
-				}
-				return false
-			}
-			w.mu.Unlock()
-			use()
-			time.Sleep(time.Second)
-			w.mu.Lock()
-			defer w.mu.Unlock()
-			w.drops = nil
-			return ids
-		}
-		time.Sleep(KeepAlive + 2*time.Second) // every carrier is quiet until its next
-		first := seen(func() { exchange(t, from, to) })
-		all := seen(func() {
-			if err := a.Send(context.Background(), make([]byte, 1<<20)); err != nil {
-				t.Error(err)
-			}
-			if _, err := b.Recv(context.Background(), nil); err != nil {
-				t.Error(err)
-			}
-		})
-		maps.DeleteFunc(all, func(id [4]byte, _ bool) bool { return first[id] })
-		if len(all) < Carriers-1 {
-			t.Fatalf("%d connection IDs of other carriers", len(all))
-		}
-		for id := range all {
-			w.mu.Lock()
-			w.drops = func(packet []byte) bool {
-				got, ok := shortID(packet)
-				return ok && got == id
-			}
-			w.mu.Unlock()
-			break
-		}
-		began := time.Now()
-		_, err := b.Recv(context.Background(), nil)
-		if !errors.Is(err, ErrLost) {
-			t.Errorf("Recv: %v", err)
-		}
-		if took := time.Since(began); took > 2*IdleTimeout {
-			t.Errorf("the session ended after %v", took)
-		}
-		<-from.Done()
-		<-to.Done()
-		carrier := 0
-		for _, err := range []error{from.Err(), to.Err()} {
-			if !errors.Is(err, ErrLost) {
-				t.Errorf("the session ends with %v", err)
-			}
-			if strings.Contains(err.Error(), "(carrier ") {
-				carrier++
-			}
-		}
-		if carrier == 0 {
-			t.Errorf("neither side names the carrier: %v, %v", from.Err(), to.Err())
 		}
 	})
 }

@@ -315,9 +315,7 @@ func TestJunkRequestsForPackets(t *testing.T) {
 func TestPeerWithoutDatagramsIsRefused(t *testing.T) {
 	id := testIdentity(t)
 	e, book := listen(t, "127.0.0.1:0", testIdentity(t), only(id.ID()))
-	deaf := quicConfig()
-	deaf.EnableDatagrams = false
-	conn, err := rawDialAs(t, e.Addr(), &tls.Config{NextProtos: []string{packetsProtocol}, Certificates: []tls.Certificate{id.certificate}}, deaf)
+	conn, err := rawDialAs(t, e.Addr(), &tls.Config{NextProtos: []string{packetsProtocol}, Certificates: []tls.Certificate{id.certificate}}, &quic.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -476,7 +474,7 @@ func TestLocalAddrIsWhatThePeerSees(t *testing.T) {
 			accepted <- s
 		}()
 		addr := net.JoinHostPort(test.host, fmt.Sprint(addrPort(b.Addr()).Port()))
-		from, err := a.Dial(testContext(t), addr, idB.ID())
+		from, err := a.Dial(testContext(t), addr, idB.ID(), DialOptions{})
 		to := <-accepted
 		if err != nil || to == nil {
 			t.Fatal(err)
@@ -487,5 +485,27 @@ func TestLocalAddrIsWhatThePeerSees(t *testing.T) {
 				t.Errorf("%s to %s: local address %s, the peer sees %s", test.dialer, addr, local, seen)
 			}
 		}
+	}
+}
+
+// awaitCarriers waits until packets have n connections.
+func awaitCarriers(t testing.TB, p *Packets, n int) []*quic.Conn {
+	t.Helper()
+	for range 1000 {
+		if carriers := p.all(); len(carriers) == n {
+			return carriers
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("%d carriers did not come", n)
+	return nil
+}
+
+func awaitEnd(t testing.TB, conn *quic.Conn) {
+	t.Helper()
+	select {
+	case <-conn.Context().Done():
+	case <-testContext(t).Done():
+		t.Fatal("a connection does not end")
 	}
 }

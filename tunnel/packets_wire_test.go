@@ -31,7 +31,7 @@ var junkTags = map[string][]byte{
 	"nothing":          {},
 	"much behind":      append([]byte{1, 0}, make([]byte, maxGreeting)...),
 	"HTTP":             []byte("GET / HTTP/1.1\r\nHost: wanmig.example.org\r\n\r\n"),
-	"a channel header": channelHeader{"control", Control}.append(nil)[:3],
+	"a channel header": channelHeader{name: "control"}.append(nil)[:3],
 }
 
 func FuzzReadTag(f *testing.F) {

@@ -98,6 +98,11 @@ func listen(t testing.TB, addr string, id *Identity, trusted func(ID) bool) (*En
 // connect opens a session from a to b.
 func connect(t testing.TB, a, b *Endpoint) (from, to *Session) {
 	t.Helper()
+	return connectOver(t, a, b, Auto)
+}
+
+func connectOver(t testing.TB, a, b *Endpoint, transport Transport) (from, to *Session) {
+	t.Helper()
 	ctx := testContext(t)
 	accepted := make(chan *Session, 1)
 	go func() {
@@ -109,7 +114,7 @@ func connect(t testing.TB, a, b *Endpoint) (from, to *Session) {
 		}
 		accepted <- s
 	}()
-	from, err := a.Dial(ctx, b.Addr().String(), b.id.ID())
+	from, err := a.Dial(ctx, b.Addr().String(), b.id.ID(), DialOptions{Transport: transport})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -58,7 +58,7 @@ func TestOpenChecksItsArguments(t *testing.T) {
 			t.Errorf("Open(%q): %v", name, err)
 		}
 	}
-	if _, err := from.Open(testContext(t), "a", Disk+1); !errors.Is(err, ErrFormat) {
+	if _, err := from.Open(testContext(t), "a", Background+1); !errors.Is(err, ErrFormat) {
 		t.Errorf("Open with an unknown priority: %v", err)
 	}
 }

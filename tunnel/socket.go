@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"net"
@@ -10,6 +11,51 @@ import (
 
 	"github.com/quic-go/quic-go"
 )
+
+// portTries is how often a UDP port that the kernel chose is given up because
+// TCP has none of that number.
+const portTries = 32
+
+// listenBoth opens addr for UDP and TCP, at the same port.
+func listenBoth(addr string, log *slog.Logger) (socket *net.UDPConn, tcp net.Listener, err error) {
+	local, err := net.ResolveUDPAddr("udp", addr)
+	if err != nil {
+		return nil, nil, err
+	}
+	for range portTries {
+		socket, tcp, err = listenAt(local, log)
+		if err == nil || local.Port != 0 || !errors.Is(err, syscall.EADDRINUSE) {
+			break
+		}
+	}
+	return socket, tcp, err
+}
+
+func listenAt(local *net.UDPAddr, log *slog.Logger) (*net.UDPConn, net.Listener, error) {
+	family := ""
+	if local.IP.To4() != nil { // else 0.0.0.0 would listen on IPv6 too
+		family = "4"
+	}
+	socket, err := net.ListenUDP("udp"+family, local)
+	if err != nil {
+		return nil, nil, err
+	}
+	config := net.ListenConfig{
+		KeepAliveConfig: tcpKeepAlive,
+		Control: func(_, _ string, raw syscall.RawConn) error {
+			return tuneTCP(raw, false, log)
+		},
+	}
+	config.SetMultipathTCP(false) // its sockets lack options and counters
+	both := *local
+	both.Port = socket.LocalAddr().(*net.UDPAddr).Port
+	tcp, err := config.Listen(context.Background(), "tcp"+family, both.String())
+	if err != nil {
+		socket.Close()
+		return nil, nil, err
+	}
+	return socket, tcp, nil
+}
 
 const wantedBuffer = 7 << 20 // what quic-go asks the kernel for
 

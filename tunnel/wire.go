@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-
-	"github.com/quic-go/quic-go"
 )
 
 // MaxFrame is the largest frame in bytes.
@@ -20,14 +18,16 @@ const (
 	maxName         = 64
 	frameHead       = 4
 	frameGrowth     = 64 << 10
-	maxStreamID     = 1<<62 - 1 // RFC 9000, section 2.1
 )
 
 // channelHeader is what the opener of a channel says first.
 type channelHeader struct {
-	name     string
-	priority Priority
+	name      string
+	priority  Priority
+	unordered bool
 }
+
+const headerUnordered = 1 << 0 // of a channel header's flags
 
 func (h channelHeader) check() error {
 	if len(h.name) < 1 || len(h.name) > maxName {
@@ -40,44 +40,40 @@ func (h channelHeader) check() error {
 			return fmt.Errorf("%w: channel name %q: byte %#02x is not allowed", ErrFormat, h.name, c)
 		}
 	}
-	if h.priority > Disk {
+	if h.priority > Background {
 		return fmt.Errorf("%w: unknown priority %d", ErrFormat, h.priority)
 	}
 	return nil
 }
 
 func (h channelHeader) append(b []byte) []byte {
-	b = append(b, headerVersion, byte(2+len(h.name)), byte(h.priority), byte(len(h.name)))
+	flags := byte(0)
+	if h.unordered {
+		flags = headerUnordered
+	}
+	b = append(b, headerVersion, byte(3+len(h.name)), byte(h.priority), flags, byte(len(h.name)))
 	return append(b, h.name...)
 }
 
-// readHeader reads the version and the rest of a header.
-func readHeader(r io.Reader) (rest []byte, err error) {
-	var fixed [2]byte
-	if _, err := io.ReadFull(r, fixed[:]); err != nil {
-		return nil, cutShort(err)
+// parseChannelHeader reads the header at the beginning of b, which has it whole,
+// and returns its length.
+func parseChannelHeader(b []byte) (h channelHeader, n int, err error) {
+	if len(b) < 2 || len(b) < 2+int(b[1]) {
+		return channelHeader{}, 0, fmt.Errorf("%w: channel header of %d bytes is cut short", ErrFormat, len(b))
 	}
-	if fixed[0] < headerVersion {
-		return nil, fmt.Errorf("%w: header of version %d", ErrFormat, fixed[0])
+	if b[0] < headerVersion {
+		return channelHeader{}, 0, fmt.Errorf("%w: channel header of version %d", ErrFormat, b[0])
 	}
-	rest = make([]byte, fixed[1])
-	if _, err := io.ReadFull(r, rest); err != nil {
-		return nil, cutShort(err)
+	n = 2 + int(b[1])
+	rest := b[2:n]
+	if len(rest) < 3 || len(rest) < 3+int(rest[2]) {
+		return channelHeader{}, 0, fmt.Errorf("%w: channel header of %d bytes is too short for its name", ErrFormat, len(rest))
 	}
-	return rest, nil
-}
-
-// readChannelHeader reads a header and not a byte more.
-func readChannelHeader(r io.Reader) (channelHeader, error) {
-	rest, err := readHeader(r)
-	if err != nil {
-		return channelHeader{}, err
+	if rest[1]&^headerUnordered != 0 {
+		return channelHeader{}, 0, fmt.Errorf("%w: channel header with flags %#x", ErrFormat, rest[1])
 	}
-	if len(rest) < 2 || len(rest) < 2+int(rest[1]) {
-		return channelHeader{}, fmt.Errorf("%w: channel header of %d bytes is too short for its name", ErrFormat, len(rest))
-	}
-	h := channelHeader{priority: Priority(rest[0]), name: string(rest[2 : 2+int(rest[1])])}
-	return h, h.check()
+	h = channelHeader{priority: Priority(rest[0]), unordered: rest[1]&headerUnordered != 0, name: string(rest[3 : 3+int(rest[2])])}
+	return h, n, h.check()
 }
 
 // token names a session to the connections that join it.
@@ -110,33 +106,6 @@ func skipLater(r io.Reader) error {
 		err = fmt.Errorf("%w: greeting above %d bytes", ErrFormat, maxGreeting)
 	}
 	return err
-}
-
-// laneHeader is what the first bytes of a channel's stream on a joined carrier
-// say: the ID of the channel's stream on the first one.
-type laneHeader struct {
-	channel quic.StreamID
-}
-
-func (h laneHeader) append(b []byte) []byte {
-	b = append(b, headerVersion, 8)
-	return binary.BigEndian.AppendUint64(b, uint64(h.channel))
-}
-
-// readLaneHeader reads a header and not a byte more.
-func readLaneHeader(r io.Reader) (laneHeader, error) {
-	rest, err := readHeader(r)
-	if err != nil {
-		return laneHeader{}, err
-	}
-	if len(rest) < 8 {
-		return laneHeader{}, fmt.Errorf("%w: stream header of %d bytes is too short", ErrFormat, len(rest))
-	}
-	id := binary.BigEndian.Uint64(rest)
-	if id > maxStreamID {
-		return laneHeader{}, fmt.Errorf("%w: stream ID %d", ErrFormat, id)
-	}
-	return laneHeader{channel: quic.StreamID(id)}, nil
 }
 
 // readFrame appends the next frame to buf and says how many bytes it took from

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
-	"math"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -17,57 +16,55 @@ func frameBytes(frame []byte) []byte {
 
 func TestChannelHeaderRoundTrip(t *testing.T) {
 	for _, want := range []channelHeader{
-		{"c", Control},
-		{"disk/vda.1_x-y", Disk},
-		{strings.Repeat("m", maxName), Memory},
+		{"c", Control, false},
+		{"disk/vda.1_x-y", Disk, true},
+		{strings.Repeat("m", maxName), Background, false},
 	} {
-		r := bytes.NewReader(append(want.append(nil), "frame"...))
-		got, err := readChannelHeader(r)
-		if err != nil || got != want {
-			t.Errorf("%v is read as %v, %v", want, got, err)
-		}
-		if rest, _ := io.ReadAll(r); string(rest) != "frame" {
-			t.Errorf("after the header %q is left", rest)
+		b := want.append(nil)
+		got, n, err := parseChannelHeader(append(b, "frame"...))
+		if err != nil || got != want || n != len(b) {
+			t.Errorf("%v is read as %v, %v, of %d bytes", want, got, err, n)
 		}
 	}
 }
 
 func TestChannelHeaderOfLaterVersion(t *testing.T) {
-	b := channelHeader{"disk/vda", Disk}.append(nil)
+	want := channelHeader{"disk/vda", Disk, true}
+	b := want.append(nil)
 	b[0], b[1] = 7, b[1]+3
-	got, err := readChannelHeader(bytes.NewReader(append(b, 1, 2, 3)))
-	if want := (channelHeader{"disk/vda", Disk}); err != nil || got != want {
-		t.Errorf("a later header is read as %v, %v", got, err)
+	if got, n, err := parseChannelHeader(append(b, 1, 2, 3, 'f')); err != nil || got != want || n != len(b)+3 {
+		t.Errorf("a later header is read as %v, %v, of %d bytes", got, err, n)
 	}
 }
 
 func TestChannelHeaderEveryPrefixFails(t *testing.T) {
-	b := channelHeader{"disk/vda", Disk}.append(nil)
+	b := channelHeader{"disk/vda", Disk, false}.append(nil)
 	for n := range b {
-		if h, err := readChannelHeader(bytes.NewReader(b[:n])); !errors.Is(err, io.ErrUnexpectedEOF) {
+		if h, _, err := parseChannelHeader(b[:n]); !errors.Is(err, ErrFormat) {
 			t.Errorf("%d of %d bytes give %v, %v", n, len(b), h, err)
 		}
 	}
 }
 
 var junkHeaders = map[string][]byte{
-	"version 0":        {0, 3, 0, 1, 'a'},
+	"version 0":        {0, 4, 0, 0, 1, 'a'},
 	"no fields":        {1, 0},
-	"no name length":   {1, 1, 0},
-	"empty name":       {1, 2, 0, 0},
-	"name beyond rest": {1, 4, 0, 3, 'a', 'b'},
-	"name of 65":       append([]byte{1, 67, 0, 65}, bytes.Repeat([]byte{'a'}, 65)...),
-	"upper case":       {1, 3, 0, 1, 'A'},
-	"space":            {1, 3, 0, 1, ' '},
-	"NUL":              {1, 3, 0, 1, 0},
-	"UTF-8":            {1, 4, 0, 2, 0xc3, 0xa9},
-	"priority 3":       {1, 3, 3, 1, 'a'},
+	"no name length":   {1, 2, 0, 0},
+	"empty name":       {1, 3, 0, 0, 0},
+	"name beyond rest": {1, 5, 0, 0, 3, 'a', 'b'},
+	"name of 65":       append([]byte{1, 68, 0, 0, 65}, bytes.Repeat([]byte{'a'}, 65)...),
+	"upper case":       {1, 4, 0, 0, 1, 'A'},
+	"space":            {1, 4, 0, 0, 1, ' '},
+	"NUL":              {1, 4, 0, 0, 1, 0},
+	"UTF-8":            {1, 5, 0, 0, 2, 0xc3, 0xa9},
+	"priority 5":       {1, 4, 5, 0, 1, 'a'},
+	"unknown flag":     {1, 4, 0, 2, 1, 'a'},
 	"HTTP":             []byte("GET / HTTP/1.1\r\nHost: wanmig.example.org\r\nAccept: text/html, text/plain, application/json\r\n\r\n"),
 }
 
 func TestChannelHeaderJunk(t *testing.T) {
 	for name, b := range junkHeaders {
-		if h, err := readChannelHeader(bytes.NewReader(b)); !errors.Is(err, ErrFormat) {
+		if h, _, err := parseChannelHeader(b); !errors.Is(err, ErrFormat) {
 			t.Errorf("%s: read as %v, %v", name, h, err)
 		}
 	}
@@ -100,60 +97,6 @@ func TestTokenEveryPrefixFails(t *testing.T) {
 	b[0] = 0
 	if got, err := readToken(bytes.NewReader(b)); !errors.Is(err, ErrFormat) {
 		t.Errorf("version 0 gives %x, %v", got, err)
-	}
-}
-
-func TestLaneHeader(t *testing.T) {
-	for _, want := range []laneHeader{{0}, {5}, {maxStreamID}} {
-		b := want.append(nil)
-		for n := range b {
-			if h, err := readLaneHeader(bytes.NewReader(b[:n])); !errors.Is(err, io.ErrUnexpectedEOF) {
-				t.Errorf("%d of %d bytes give %v, %v", n, len(b), h, err)
-			}
-		}
-		r := bytes.NewReader(append(b, "chunk"...))
-		if got, err := readLaneHeader(r); err != nil || got != want || r.Len() != len("chunk") {
-			t.Errorf("%v is read as %v, %v, %d bytes left", want, got, err, r.Len())
-		}
-		b[0], b[1] = 9, b[1]+2
-		if got, err := readLaneHeader(bytes.NewReader(append(b, 1, 2))); err != nil || got != want {
-			t.Errorf("a later header is read as %v, %v", got, err)
-		}
-	}
-	for name, b := range junkLaneHeaders {
-		if h, err := readLaneHeader(bytes.NewReader(b)); !errors.Is(err, ErrFormat) {
-			t.Errorf("%s: read as %v, %v", name, h, err)
-		}
-	}
-}
-
-var junkLaneHeaders = map[string][]byte{
-	"version 0":         {0, 8, 0, 0, 0, 0, 0, 0, 0, 0},
-	"short":             {1, 7, 0, 0, 0, 0, 0, 0, 0},
-	"above QUIC's most": {1, 8, 0x40, 0, 0, 0, 0, 0, 0, 0},
-}
-
-func TestChunkHead(t *testing.T) {
-	for _, want := range []chunkHead{{0, 0}, {1 << 40, maxChunk}, {math.MaxUint64 - 9, 9}, {math.MaxUint64, 0}} {
-		b := want.append(nil)
-		for n := range b {
-			short := io.ErrUnexpectedEOF
-			if n == 0 {
-				short = io.EOF
-			}
-			if h, err := readChunkHead(bytes.NewReader(b[:n])); err != short {
-				t.Errorf("%d of %d bytes give %v, %v", n, len(b), h, err)
-			}
-		}
-		r := bytes.NewReader(append(b, "data"...))
-		if got, err := readChunkHead(r); err != nil || got != want || r.Len() != len("data") {
-			t.Errorf("%v is read as %v, %v, %d bytes left", want, got, err, r.Len())
-		}
-	}
-	for _, bad := range []chunkHead{{0, maxChunk + 1}, {0, math.MaxUint16}, {math.MaxUint64, 1}, {math.MaxUint64 - 8, 9}} {
-		if got, err := readChunkHead(bytes.NewReader(bad.append(nil))); !errors.Is(err, ErrFormat) {
-			t.Errorf("%v is read as %v, %v", bad, got, err)
-		}
 	}
 }
 
@@ -253,47 +196,21 @@ func FuzzReadFrame(f *testing.F) {
 	})
 }
 
-func FuzzReadChannelHeader(f *testing.F) {
-	f.Add(channelHeader{"control", Control}.append(nil))
-	f.Add(channelHeader{strings.Repeat("d", maxName), Disk}.append(nil))
+func FuzzParseChannelHeader(f *testing.F) {
+	f.Add(channelHeader{"control", Control, false}.append(nil))
+	f.Add(channelHeader{strings.Repeat("d", maxName), Disk, true}.append(nil))
 	for _, b := range junkHeaders {
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		h, err := readChannelHeader(bytes.NewReader(b))
+		h, n, err := parseChannelHeader(b)
 		if err != nil {
 			return
 		}
-		again, err := readChannelHeader(bytes.NewReader(h.append(nil)))
-		if err != nil || again != h {
-			t.Fatalf("%x is read as %v, and that as %v, %v", b, h, again, err)
+		if n > len(b) {
+			t.Fatalf("%x has %d bytes of header", b, n)
 		}
-	})
-}
-
-func FuzzReadChunkHead(f *testing.F) {
-	f.Add(chunkHead{0, 0}.append(nil))
-	f.Add(append(chunkHead{1 << 33, 4}.append(nil), "data"...))
-	f.Add(chunkHead{math.MaxUint64, maxChunk}.append(nil))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		h, err := readChunkHead(bytes.NewReader(b))
-		if err == nil && (!bytes.HasPrefix(b, h.append(nil)) || h.length > maxChunk || h.end() < h.offset) {
-			t.Fatalf("%x is read as %v", b, h)
-		}
-	})
-}
-
-func FuzzReadLaneHeader(f *testing.F) {
-	f.Add(laneHeader{8}.append(nil))
-	for _, b := range junkLaneHeaders {
-		f.Add(b)
-	}
-	f.Fuzz(func(t *testing.T, b []byte) {
-		h, err := readLaneHeader(bytes.NewReader(b))
-		if err != nil {
-			return
-		}
-		again, err := readLaneHeader(bytes.NewReader(h.append(nil)))
+		again, _, err := parseChannelHeader(h.append(nil))
 		if err != nil || again != h {
 			t.Fatalf("%x is read as %v, and that as %v, %v", b, h, again, err)
 		}

@@ -27,8 +27,9 @@ func newSiteAdd(client newClient) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "add NAME ADDRESS --id ID",
 		Short: "Make another site's agent known, by its address and identity",
-		Long: `Make another site's agent known, by its address (host:port, UDP) and its
-identity (wanmig id, asked there). The other site has to add this one as well.`,
+		Long: `Make another site's agent known, by its address (host:port, for
+UDP and TCP) and its identity (wanmig id, asked there). The other site has to add
+this one as well.`,
 		Args: need("NAME", "ADDRESS"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if id == "" {

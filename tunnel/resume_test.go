@@ -1,0 +1,206 @@
+package tunnel
+
+import (
+	"context"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// simChannel opens a channel over a simulated session.
+func simChannel(t *testing.T, from, to *Session, p Priority) (out, in *Channel) {
+	t.Helper()
+	out, err := from.Open(context.Background(), "channel", p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err = to.Accept(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out, in
+}
+
+// pump sends frames until ctx ends, and counts what arrives.
+func pump(ctx context.Context, out, in *Channel) (got *int, done chan struct{}) {
+	got, done = new(int), make(chan struct{})
+	go func() {
+		frame := make([]byte, 64<<10)
+		for out.Send(ctx, frame) == nil {
+		}
+	}()
+	go func() {
+		defer close(done)
+		var buf []byte
+		var err error
+		for err == nil {
+			if buf, err = in.Recv(ctx, buf); err == nil {
+				*got += len(buf)
+			}
+		}
+	}()
+	return got, done
+}
+
+func TestSessionHoldsThroughACut(t *testing.T) {
+	for _, cut := range []time.Duration{2 * time.Second, 10 * time.Second, time.Minute, 5 * time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			l := &line{rate: 2_500_000, delay: 50 * time.Millisecond, forgets: true}
+			from, to := sessionsOver(t, l, 4)
+			out, in := simChannel(t, from, to, Memory)
+			ctx, cancel := context.WithCancel(context.Background())
+			got, done := pump(ctx, out, in)
+			time.Sleep(time.Minute)
+			if !from.Link().LostSince.IsZero() {
+				t.Errorf("lost since %v", from.Link().LostSince)
+			}
+			l.setCut(true)
+			time.Sleep(cut)
+			if since := from.Link().LostSince; cut > silence+time.Second && (since.IsZero() || time.Since(since) < cut-time.Second) {
+				t.Errorf("%v into a cut it is lost since %v", cut, since)
+			}
+			before := *got
+			l.setCut(false)
+			began := time.Now()
+			for *got == before {
+				time.Sleep(10 * time.Millisecond)
+			}
+			if waited := time.Since(began); waited > longestWait+redialTimeout+time.Second {
+				t.Errorf("the first frame comes %v after the end of a cut of %v", waited, cut)
+			}
+			time.Sleep(time.Minute)
+			if !from.Link().LostSince.IsZero() || !to.Link().LostSince.IsZero() {
+				t.Errorf("lost since %v, there %v", from.Link().LostSince, to.Link().LostSince)
+			}
+			cancel()
+			<-done
+			st := from.Stats()
+			if st.BytesResent > uint64(*got)/100 {
+				t.Errorf("%d of %d bytes sent again", st.BytesResent, *got)
+			}
+			t.Logf("cut of %v: back after %v, %d of %d bytes again", cut, time.Since(began)-time.Minute, st.BytesResent, *got)
+		})
+	}
+}
+
+func TestOutageEndsTheSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{rate: 2_500_000, delay: 50 * time.Millisecond}
+		from, to := sessionsOver(t, l, 4)
+		time.Sleep(time.Hour) // an idle session lives
+		if from.Err() != nil || to.Err() != nil || !from.Link().LostSince.IsZero() {
+			t.Fatal(from.Err(), to.Err(), from.Link())
+		}
+		l.setCut(true)
+		began := time.Now()
+		for _, s := range []*Session{from, to} {
+			<-s.Done()
+			if err := s.Err(); !errors.Is(err, ErrLost) || !strings.Contains(err.Error(), "for 10m0s") {
+				t.Errorf("it ends with %v", err)
+			}
+		}
+		if took := time.Since(began); took < DefaultOutage-2*pingAfter || took > DefaultOutage+2*pingAfter {
+			t.Errorf("after %v", took)
+		}
+	})
+}
+
+func TestRestartedPeerEndsTheSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{delay: 50 * time.Millisecond, forgets: true}
+		from, to := sessionsOver(t, l, 2)
+		l.setCut(true) // so that its farewell is not heard
+		to.Close("restarting")
+		time.Sleep(time.Minute)
+		l.setCut(false)
+		began := time.Now()
+		<-from.Done()
+		if err := from.Err(); !errors.Is(err, ErrLost) || !strings.Contains(err.Error(), "restarted") {
+			t.Errorf("it ends with %v", err)
+		}
+		if took := time.Since(began); took > longestWait+redialTimeout {
+			t.Errorf("after %v", took)
+		}
+	})
+}
+
+func TestCloseTellsThePeer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{delay: 50 * time.Millisecond}
+		from, to := sessionsOver(t, l, 3)
+		from.Close("that's\x00all")
+		<-to.Done()
+		if err := to.Err(); !errors.Is(err, ErrClosedByPeer) || !strings.Contains(err.Error(), "that's?all") {
+			t.Errorf("the peer has %v", err)
+		}
+		if err := from.Err(); !errors.Is(err, ErrClosed) {
+			t.Error(err)
+		}
+	})
+}
+
+func TestUnorderedFramesPassEachOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{delay: 10 * time.Millisecond}
+		from, to := sessionsOver(t, l, 5)
+		out, err := from.OpenUnordered(context.Background(), "measure", Disk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		in, err := to.Accept(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.mu.Lock()
+		stalled := l.ends[len(l.ends)-1] // of the last carrier
+		l.mu.Unlock()
+		stalled.mu.Lock()
+		stalled.stall = true
+		stalled.mu.Unlock()
+		const frames = 10_000
+		go func() {
+			b := make([]byte, MaxUnordered)
+			for i := range frames {
+				b[0], b[1] = byte(i>>8), byte(i)
+				if err := out.Send(context.Background(), b[:2+i%(MaxUnordered-2)]); err != nil {
+					t.Error(err)
+				}
+			}
+			out.CloseSend()
+		}()
+		seen := make([]bool, frames)
+		passed := 0
+		next := 0
+		for {
+			b, err := in.Recv(context.Background(), nil)
+			if err == io.EOF {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			i := int(b[0])<<8 | int(b[1])
+			if i >= frames || seen[i] || len(b) != 2+i%(MaxUnordered-2) {
+				t.Fatalf("frame %d of %d bytes", i, len(b))
+			}
+			if seen[i] = true; i != next {
+				passed++
+			}
+			next = i + 1
+		}
+		for i, ok := range seen {
+			if !ok {
+				t.Fatalf("frame %d is missing", i)
+			}
+		}
+		if passed == 0 {
+			t.Error("no frame has passed another")
+		}
+		if err := out.Send(context.Background(), make([]byte, MaxUnordered+1)); !errors.Is(err, ErrFrameTooLarge) {
+			t.Errorf("a large frame: %v", err)
+		}
+	})
+}

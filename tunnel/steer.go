@@ -1,0 +1,131 @@
+package tunnel
+
+import (
+	"time"
+)
+
+// steering is how a session finds the rate that the link takes, and the carriers
+// that it takes it with.
+type steering struct {
+	began    time.Time
+	governor governor
+	striping striping
+	striped  time.Time
+	dialling bool
+	failed   [TCP + 1]time.Time // when a transport could not be dialled last
+}
+
+const (
+	governEvery = 100 * time.Millisecond
+	stripeEvery = 500 * time.Millisecond
+	// A transport that could not be dialled is not tried again for so long.
+	failedFor = time.Minute
+)
+
+// steer looks at what the carriers have done since it looked last. The session's
+// lock is held.
+func (s *Session) steer(now time.Time) {
+	if s.steering.began.IsZero() {
+		s.steering.began = now
+	}
+	var sample linkSample
+	var stripes stripeSample
+	for _, c := range s.carriers {
+		st := c.conn.stats()
+		c.rtt = st.rtt
+		if st.latestRTT > 0 && (sample.rtt == 0 || st.latestRTT < sample.rtt) {
+			sample.rtt = st.latestRTT
+		}
+		if st.minRTT > 0 && (sample.minRTT == 0 || st.minRTT < sample.minRTT) {
+			sample.minRTT = st.minRTT
+		}
+		if c == s.reserved || c.retiring {
+			continue
+		}
+		k := &stripes.quic
+		if c.conn.transport() == TCP {
+			k = &stripes.tcp
+		}
+		k.carriers++
+	}
+	sample.delivered, sample.busy = s.delivered, !s.starved
+	s.bucket.governor = float64(s.steering.governor.observe(now.Sub(s.steering.began), sample))
+	s.wake(Memory)
+
+	if !s.dialled || s.redial == nil || s.steering.dialling || s.link.lost || now.Sub(s.steering.striped) < stripeEvery {
+		s.starved = false
+		return
+	}
+	stripes.busy, stripes.capped, stripes.rtt = !s.starved, s.capped, sample.rtt
+	stripes.quic.delivered, stripes.tcp.delivered = s.brought[QUIC], s.brought[TCP]
+	stripes.quic.failed = s.transport == TCP || now.Sub(s.steering.failed[QUIC]) < failedFor
+	stripes.tcp.failed = s.transport == QUIC || now.Sub(s.steering.failed[TCP]) < failedFor
+	s.starved, s.capped, s.steering.striped = false, false, now
+	switch s.steering.striping.observe(now.Sub(s.steering.began), stripes) {
+	case addQUIC:
+		s.addBy(QUIC)
+	case addTCP:
+		s.addBy(TCP)
+	case dropQUIC:
+		s.retire(QUIC)
+	case dropTCP:
+		s.retire(TCP)
+	}
+}
+
+// addBy makes one more carrier of a transport, in the background.
+func (s *Session) addBy(t Transport) {
+	s.steering.dialling = true
+	s.running.Go(func() {
+		err := s.addCarrier(t)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.steering.dialling = false
+		if err != nil && s.ctx.Err() == nil {
+			s.log.Debug("no further carrier", "peer", s.peer, "transport", t, "error", err)
+			s.steering.failed[t] = time.Now()
+		}
+	})
+}
+
+// retire lets the youngest carrier of a transport finish what it has.
+func (s *Session) retire(t Transport) {
+	for i := len(s.carriers) - 1; i >= 0; i-- {
+		if c := s.carriers[i]; c != s.reserved && !c.retiring && c.conn.transport() == t {
+			c.retiring = true
+			return
+		}
+	}
+}
+
+// interim
+type striping struct{}
+type stripeSample struct {
+	quic, tcp    kindSample
+	busy, capped bool
+	rtt          time.Duration
+}
+type kindSample struct {
+	carriers  int
+	delivered uint64
+	failed    bool
+}
+type stripeAction uint8
+
+const (
+	stripeNothing stripeAction = iota
+	addQUIC
+	addTCP
+	dropQUIC
+	dropTCP
+)
+
+func (*striping) observe(now time.Duration, x stripeSample) stripeAction {
+	switch {
+	case !x.tcp.failed && x.tcp.carriers < 4:
+		return addTCP
+	case x.tcp.failed && !x.quic.failed && x.quic.carriers < 8:
+		return addQUIC
+	}
+	return stripeNothing
+}
