@@ -17,6 +17,7 @@ const module = "github.com/wanmig/wanmig/"
 
 // arrows lists which packages of this module a package may import.
 var arrows = map[string][]string{
+	"rate":                  {},
 	"compress":              {},
 	"tunnel":                {},
 	"handoff":               {},
@@ -31,10 +32,10 @@ var arrows = map[string][]string{
 	"netredirect/neighbour": {},
 	"netredirect/names":     {},
 	"netredirect/routes":    {},
-	"migrate":               {"netredirect", "handoff", "hypervisor", "memsync", "blocksync", "blocksync/nbd", "blocksync/seed", "compress", "tunnel"},
-	"agent":                 {"netredirect", "netredirect/names", "netredirect/routes", "migrate", "blocksync/seed", "handoff", "hypervisor", "tunnel"},
-	"cmd/wanmig":            {"agent", "migrate", "blocksync", "blocksync/seed", "netredirect"},
-	"lab":                   {"lab/guest/api"},
+	"migrate":               {"netredirect", "handoff", "hypervisor", "memsync", "blocksync", "blocksync/nbd", "blocksync/seed", "compress", "tunnel", "rate"},
+	"agent":                 {"rate", "netredirect", "netredirect/names", "netredirect/routes", "migrate", "blocksync/seed", "handoff", "hypervisor", "tunnel"},
+	"cmd/wanmig":            {"agent", "migrate", "blocksync", "blocksync/seed", "netredirect", "rate"},
+	"lab":                   {"rate", "lab/guest/api"},
 	"lab/guest":             {"lab/guest/api"},
 	"lab/guest/api":         {},
 	"cmd/wanlab":            {"lab", "lab/guest/api"},

@@ -2,32 +2,31 @@ package lab
 
 import (
 	"fmt"
-	"math"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/wanmig/wanmig/rate"
 )
 
-// ParseRate reads a rate as tc writes it: a number and bit, kbit, mbit or gbit
-// (powers of 1000), in either case, with or without "/s". "unlimited" is 0.
-// The result is in bits per second.
+// ParseRate reads a rate as package rate does, or "unlimited", which is 0. The
+// result is in bits per second.
 func ParseRate(s string) (int64, error) {
-	text := strings.TrimSuffix(strings.ToLower(s), "/s")
-	if text == "unlimited" {
+	if strings.EqualFold(strings.TrimSuffix(s, "/s"), "unlimited") {
 		return 0, nil
 	}
-	n, err := scaled(text, []unit{{"kbit", 1e3}, {"mbit", 1e6}, {"gbit", 1e9}, {"bit", 1}})
-	if err != nil || n < 1000 || n > 1e12 {
-		return 0, fmt.Errorf("bad rate %q: want a number and a unit from 1kbit to 1000gbit, such as 100mbit or 1gbit, or unlimited", s)
+	r, err := rate.Parse(s)
+	if err != nil {
+		return 0, fmt.Errorf("%w, or unlimited", err)
 	}
-	return int64(n), nil
+	return int64(r), nil
 }
 
 // ParseLoss reads a share of packets as a percentage, such as "0.1%", or "0".
 // The result is a fraction below 1.
 func ParseLoss(s string) (float64, error) {
 	number, percent := strings.CutSuffix(s, "%")
-	n, err := parseNumber(number)
+	n, err := rate.Decimal(number)
 	if err != nil || n >= 100 || (!percent && n != 0) {
 		return 0, fmt.Errorf("bad loss %q: want a percentage from 0%% to below 100%%, such as 0.1%%", s)
 	}
@@ -58,17 +57,10 @@ func ParseSize(s string) (int64, error) {
 
 // FormatRate writes a rate so that ParseRate reads it.
 func FormatRate(bits int64) string {
-	switch {
-	case bits == 0:
+	if bits == 0 {
 		return "unlimited"
-	case bits%1e9 == 0:
-		return fmt.Sprintf("%dgbit", bits/1e9)
-	case bits%1e6 == 0:
-		return fmt.Sprintf("%dmbit", bits/1e6)
-	case bits%1e3 == 0:
-		return fmt.Sprintf("%dkbit", bits/1e3)
 	}
-	return fmt.Sprintf("%dbit", bits)
+	return rate.Rate(bits).String()
 }
 
 // FormatLoss writes a fraction so that ParseLoss reads it.
@@ -84,22 +76,9 @@ type unit struct {
 func scaled(s string, units []unit) (float64, error) {
 	for _, u := range units {
 		if number, ok := strings.CutSuffix(s, u.name); ok {
-			n, err := parseNumber(number)
+			n, err := rate.Decimal(number)
 			return n * u.factor, err
 		}
 	}
 	return 0, strconv.ErrSyntax
-}
-
-// parseNumber reads plain decimals only: ParseFloat alone would also take
-// signs, exponents, hexadecimals, infinities and NaN.
-func parseNumber(s string) (float64, error) {
-	if strings.Trim(s, "0123456789.") != "" {
-		return 0, strconv.ErrSyntax
-	}
-	n, err := strconv.ParseFloat(s, 64)
-	if err != nil || math.IsInf(n, 0) {
-		return 0, strconv.ErrSyntax
-	}
-	return n, nil
 }
