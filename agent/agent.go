@@ -83,9 +83,12 @@ func Run(ctx context.Context, c Config, log *slog.Logger) error {
 		Spool: c.Outbox.Dir, Memory: int64(c.Outbox.Memory), SpoolMax: int64(c.Outbox.Spool), PageStore: int64(c.Reduction.Memory),
 		Keep: c.Reduction.Keep, KeepSpace: int64(c.Reduction.KeepSpace), CopyDir: filepath.Join(c.State, "copies"),
 		Seeds: a.seeds, Redirects: a.redirects, Redirect: c.Redirect.options(), Hooks: hooks,
-		Dial: a.dial, Known: known.nameOf, Log: log})
+		Caps: c.Rates.at, Dial: a.dial, Known: known.nameOf, Log: log})
 	if err != nil {
 		return errors.Join(err, a.redirects.Close())
+	}
+	for _, site := range c.Rates.unknown(known.all()) {
+		log.Warn("rates for a site that is not known here: add it with wanmig site add", "site", site)
 	}
 	indexCtx, stop := context.WithCancel(ctx)
 	var indexing sync.WaitGroup
@@ -172,12 +175,12 @@ func (a *agent) acceptPeers(ctx context.Context) error {
 }
 
 // dial opens a session to a site.
-func (a *agent) dial(ctx context.Context, name string) (*tunnel.Session, error) {
+func (a *agent) dial(ctx context.Context, name string, outage time.Duration) (*tunnel.Session, error) {
 	site, err := a.sites.get(name)
 	if err != nil {
 		return nil, err
 	}
-	session, err := a.endpoint.Dial(ctx, site.Address, tunnel.ID(site.ID), tunnel.DialOptions{})
+	session, err := a.endpoint.Dial(ctx, site.Address, tunnel.ID(site.ID), tunnel.DialOptions{Transport: site.transport(), MaxOutage: outage})
 	if err != nil {
 		return nil, fmt.Errorf("site %s: %w", name, err)
 	}

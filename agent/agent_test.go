@@ -64,14 +64,14 @@ func TestTwoAgentsCheckEachOther(t *testing.T) {
 	if !strings.Contains(ni.Problem, "libvirtd") {
 		t.Errorf("an agent without libvirtd says %q", ni.Problem)
 	}
-	if err := north.PutSite(t.Context(), Site{"south", si.Listen, si.ID}); err != nil {
+	if err := north.PutSite(t.Context(), Site{Name: "south", Address: si.Listen, ID: si.ID}); err != nil {
 		t.Fatal(err)
 	}
 	check, err := north.CheckSite(t.Context(), "south")
 	if err != nil || check.Reachable || len(check.Findings) != 1 || !check.Findings[0].Fatal {
 		t.Errorf("a peer that does not know us is found: %+v, %v", check, err)
 	}
-	if err := south.PutSite(t.Context(), Site{"north", ni.Listen, ni.ID}); err != nil {
+	if err := south.PutSite(t.Context(), Site{Name: "north", Address: ni.Listen, ID: ni.ID}); err != nil {
 		t.Fatal(err)
 	}
 	check, err = north.CheckSite(t.Context(), "south")
@@ -98,20 +98,21 @@ func TestSitesAreChecked(t *testing.T) {
 		t.Fatal(err)
 	}
 	for want, site := range map[string]Site{
-		"not a site's name": {"a/b", "192.0.2.1:7946", info.ID},
-		"not an address":    {"south", "192.0.2.1", info.ID},
-		"HOST:PORT":         {"south", "192.0.2.1:99999", info.ID},
-		"ID":                {"south", "192.0.2.1:7946", strings.Replace(info.ID, info.ID[:1], "0", 1)},
-		"own ID":            {"south", "192.0.2.1:7946", self.ID},
+		"not a site's name":            {Name: "a/b", Address: "192.0.2.1:7946", ID: info.ID},
+		"not an address":               {Name: "south", Address: "192.0.2.1", ID: info.ID},
+		"HOST:PORT":                    {Name: "south", Address: "192.0.2.1:99999", ID: info.ID},
+		"ID":                           {Name: "south", Address: "192.0.2.1:7946", ID: strings.Replace(info.ID, info.ID[:1], "0", 1)},
+		"there are auto, quic and tcp": {Name: "south", Address: "192.0.2.1:7946", ID: info.ID, Transport: "udp"},
+		"own ID":                       {Name: "south", Address: "192.0.2.1:7946", ID: self.ID},
 	} {
 		if err := client.PutSite(t.Context(), site); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("site %+v: %v, want an error with %q", site, err, want)
 		}
 	}
-	if err := client.PutSite(t.Context(), Site{"south", "[2001:db8::1]:7946", strings.ToLower(info.ID)}); err != nil {
+	if err := client.PutSite(t.Context(), Site{Name: "south", Address: "[2001:db8::1]:7946", ID: strings.ToLower(info.ID)}); err != nil {
 		t.Fatal(err)
 	}
-	if err := client.PutSite(t.Context(), Site{"west", "192.0.2.1:7946", info.ID}); err == nil || !strings.Contains(err.Error(), "south") {
+	if err := client.PutSite(t.Context(), Site{Name: "west", Address: "192.0.2.1:7946", ID: info.ID}); err == nil || !strings.Contains(err.Error(), "south") {
 		t.Errorf("two sites with one ID: %v", err)
 	}
 	if _, err := client.StartMove(t.Context(), migrate.Request{VM: "web", To: "sooth"}); err == nil || !strings.Contains(err.Error(), "there are south") {
@@ -146,6 +147,13 @@ func TestHostileRequests(t *testing.T) {
 		{"GET", "/v1/moves/mv-../../etc", "", 404},
 		{"GET", "/v1/moves/mv-aaaaaaaa/watch", "", 404},
 		{"POST", "/v1/moves/mv-aaaaaaaa/cancel", "", 404},
+		{"POST", "/v1/moves", `{"vm":"web","to":"south","rate":"fast"}`, 400},
+		{"POST", "/v1/moves", `{"vm":"web","to":"south","priority":"urgent"}`, 400},
+		{"POST", "/v1/moves", `{"vm":"web","to":"south","max_outage_ns":9000000000}`, 400},
+		{"POST", "/v1/moves", `{"vm":"web","to":"south","max_outage_ns":-1}`, 400},
+		{"PUT", "/v1/moves/mv-aaaaaaaa/limit", `{"rate":"400mbit"}`, 404},
+		{"PUT", "/v1/moves/mv-aaaaaaaa/limit", `{"rate":"400"}`, 400},
+		{"PUT", "/v1/moves/mv-aaaaaaaa/limit", ``, 400},
 		{"PUT", "/v1/sites/a", `{"name":"b","address":"192.0.2.1:1","id":"x"}`, 400},
 		{"GET", "/v1/sites/nowhere/check", "", 404},
 		{"GET", "/v1/redirects/mv-aaaaaaaa", "", 404},

@@ -17,6 +17,8 @@ import (
 //	GET    /v1/moves/{id}             migrate.Status
 //	GET    /v1/moves/{id}/watch       a migrate.Status per line, now and at each change, until the move is final or in doubt
 //	POST   /v1/moves/{id}/cancel      → 202; 409 when it is too late
+//	PUT    /v1/moves/{id}/limit       Limit → 204; by the move's ID, or the VM's name while it moves; 409 when it is over
+//	                                  or limited elsewhere
 //	GET    /v1/redirects              []netredirect.Status, oldest first
 //	GET    /v1/redirects/{move}       netredirect.Status; by the move's ID or the VM's name
 //	POST   /v1/redirects/{move}/drain → 204; 409 when no tunnel of it stands
@@ -43,6 +45,13 @@ type Site struct {
 	Name    string `json:"name"`
 	Address string `json:"address"` // host:port, UDP and TCP
 	ID      string `json:"id"`
+	// Transport is what its sessions run over: quic, tcp or, also when empty, auto.
+	Transport string `json:"transport,omitempty"`
+}
+
+// Limit asks for another limit of a running move.
+type Limit struct {
+	Rate migrate.Limit `json:"rate"`
 }
 
 // Cut asks for a tunnel to be removed now.

@@ -137,6 +137,13 @@ func (c *Client) CancelMove(ctx context.Context, id string) error {
 	return c.send(ctx, http.MethodPost, nil, "moves", id, "cancel")
 }
 
+// LimitMove changes how much of the link a move may use, by its ID or the name of
+// the VM. An *APIError with status 409 says that the move is over, or that its other
+// host limits it.
+func (c *Client) LimitMove(ctx context.Context, move string, l migrate.Limit) error {
+	return c.send(ctx, http.MethodPut, Limit{l}, "moves", move, "limit")
+}
+
 // Redirects lists the redirects that stand at the agent's host, oldest first.
 func (c *Client) Redirects(ctx context.Context) ([]netredirect.Status, error) {
 	return get[[]netredirect.Status](ctx, c, "redirects")

@@ -61,7 +61,7 @@ func TestClientRequests(t *testing.T) {
 	}{
 		{`{}`, "GET /v1/agent ", func() error { _, err := c.Info(ctx); return err }},
 		{`[]`, "GET /v1/sites ", func() error { _, err := c.Sites(ctx); return err }},
-		{``, `PUT /v1/sites/a%2Fb%20c {"name":"a/b c","address":"h:1","id":"I"}`, func() error { return c.PutSite(ctx, Site{"a/b c", "h:1", "I"}) }},
+		{``, `PUT /v1/sites/a%2Fb%20c {"name":"a/b c","address":"h:1","id":"I"}`, func() error { return c.PutSite(ctx, Site{Name: "a/b c", Address: "h:1", ID: "I"}) }},
 		{``, "DELETE /v1/sites/%3Fx ", func() error { return c.DeleteSite(ctx, "?x") }},
 		{`{}`, "GET /v1/sites/s/check ", func() error { _, err := c.CheckSite(ctx, "s"); return err }},
 		{`{}`, `POST /v1/moves {"vm":"web","to":"s"}`, func() error { _, err := c.StartMove(ctx, migrate.Request{VM: "web", To: "s"}); return err }},
@@ -75,6 +75,7 @@ func TestClientRequests(t *testing.T) {
 		{``, "POST /v1/redirects/m1/drain ", func() error { return c.DrainRedirect(ctx, "m1") }},
 		{``, `POST /v1/redirects/m1/cut {"force":false}`, func() error { return c.CutRedirect(ctx, "m1", false) }},
 		{``, `POST /v1/redirects/m1/cut {"force":true}`, func() error { return c.CutRedirect(ctx, "m1", true) }},
+		{``, `PUT /v1/moves/my%20vm/limit {"rate":"50mbit"}`, func() error { return c.LimitMove(ctx, "my vm", migrate.Limit{Most: 50e6}) }},
 		{``, "POST /v1/moves/m1/cancel ", func() error { return c.CancelMove(ctx, "m1") }},
 	} {
 		answer = tc.answer

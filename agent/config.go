@@ -31,12 +31,12 @@ const (
 type Config struct {
 	Site    string       `yaml:"site"`    // this site's name, as peers may show it
 	Listen  string       `yaml:"listen"`  // host:port for peers, UDP and TCP
-	Qlog    string       `yaml:"qlog"`    // folder for what QUIC connections do; empty: none
 	API     string       `yaml:"api"`     // unix socket for the command
 	State   string       `yaml:"state"`   // folder: identity, sites, journal
 	Libvirt string       `yaml:"libvirt"` // libvirtd's unix socket
 	Outbox  OutboxConfig `yaml:"outbox"`
 
+	Rates     RatesConfig     `yaml:"rates"` // of what this host sends to other sites
 	Reduction ReductionConfig `yaml:"reduction"`
 	Seeds     []string        `yaml:"seeds"` // folders, files and block devices whose content need not be sent here
 
@@ -115,13 +115,15 @@ func explainYAML(err error) string {
 	for kind, keys := range map[string]string{
 		"OutboxConfig":    "in outbox: there are memory, spool, dir",
 		"ReductionConfig": "in reduction: there are memory, keep, keep_space",
+		"RateConfig":      "in rates: there are site, rate, windows",
+		"WindowConfig":    "in windows of rates: there are days, from, to, rate",
 		"RedirectConfig":  "in redirect: there are kind, egress, max, quiet",
 		"AddressConfig":   "in addresses: there are mode, pool",
 		"DNSConfig":       "in dns: there are servers, key_file, zones, ttl",
 		"BGPConfig":       "in bgp: there are asn, router_id, next_hops, communities, local_pref, peers",
 		"BGPPeerConfig":   "in bgp.peers: there are address, asn, local, port, multihop, password_file, watch",
 		"HooksConfig":     "in hooks: there are before_stop, after_resume, after_settle, timeout",
-		"Config":          ": there are site, listen, api, state, libvirt, outbox, reduction, seeds, redirect, addresses, dns, bgp, hooks",
+		"Config":          ": there are site, listen, api, state, libvirt, outbox, rates, reduction, seeds, redirect, addresses, dns, bgp, hooks",
 	} {
 		s = strings.ReplaceAll(s, "not found in type agent."+kind, strings.Replace("is unknown "+keys, " :", ":", 1))
 	}
@@ -150,6 +152,9 @@ func (c Config) check() error {
 	}
 	if c.Reduction.Keep < 0 {
 		return fmt.Errorf("reduction.keep: %v is no time to keep something", c.Reduction.Keep)
+	}
+	if err := c.Rates.check(); err != nil {
+		return err
 	}
 	return c.checkRedirect()
 }

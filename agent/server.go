@@ -30,6 +30,7 @@ func (a *agent) routes() http.Handler {
 	mux.HandleFunc("GET /v1/moves/{id}", a.getMove)
 	mux.HandleFunc("GET /v1/moves/{id}/watch", a.watchMove)
 	mux.HandleFunc("POST /v1/moves/{id}/cancel", a.cancelMove)
+	mux.HandleFunc("PUT /v1/moves/{id}/limit", a.limitMove)
 	mux.HandleFunc("GET /v1/redirects", a.getRedirects)
 	mux.HandleFunc("GET /v1/redirects/{move}", a.getRedirect)
 	mux.HandleFunc("POST /v1/redirects/{move}/drain", a.drainRedirect)
@@ -145,6 +146,10 @@ func (a *agent) postMove(w http.ResponseWriter, r *http.Request) {
 	if !receive(w, r, &req) {
 		return
 	}
+	if err := req.Validate(); err != nil {
+		fail(w, http.StatusBadRequest, err)
+		return
+	}
 	if _, err := a.sites.get(req.To); err != nil {
 		fail(w, http.StatusBadRequest, err)
 		return
@@ -231,6 +236,21 @@ func (a *agent) cancelMove(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.WriteHeader(http.StatusAccepted)
+}
+
+func (a *agent) limitMove(w http.ResponseWriter, r *http.Request) {
+	var ask Limit
+	if !receive(w, r, &ask) {
+		return
+	}
+	switch err := a.engine.Limit(r.PathValue("id"), ask.Rate); {
+	case errors.Is(err, migrate.ErrNoMove):
+		fail(w, http.StatusNotFound, err)
+	case err != nil:
+		fail(w, http.StatusConflict, err)
+	default:
+		w.WriteHeader(http.StatusNoContent)
+	}
 }
 
 func (a *agent) getCopies(w http.ResponseWriter, _ *http.Request) {

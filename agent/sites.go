@@ -45,7 +45,7 @@ func openSites(path string) (*sites, error) {
 	return s, nil
 }
 
-// checkSite validates a site and brings its ID to its one form.
+// checkSite validates a site and brings its ID and transport to their one form.
 func checkSite(site *Site) error {
 	if !siteName.MatchString(site.Name) {
 		return fmt.Errorf("%q is not a site's name: use letters, digits, dots and dashes", site.Name)
@@ -59,7 +59,24 @@ func checkSite(site *Site) error {
 		return err
 	}
 	site.ID = string(id)
+	if site.Transport == "" {
+		return nil
+	}
+	transport, err := tunnel.ParseTransport(site.Transport)
+	if err != nil {
+		return fmt.Errorf("%q is no transport: there are auto, quic and tcp", site.Transport)
+	}
+	site.Transport = transport.String()
 	return nil
+}
+
+// transport is that of a site that was checked.
+func (s Site) transport() tunnel.Transport {
+	t, err := tunnel.ParseTransport(s.Transport)
+	if err != nil {
+		return tunnel.Auto // it is not set
+	}
+	return t
 }
 
 func (s *sites) all() []Site {

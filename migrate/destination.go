@@ -175,12 +175,32 @@ func awaitEnd(session *tunnel.Session) {
 
 // answerCheck tells what a move to this host would meet.
 func (e *Engine) answerCheck(ctx context.Context, session *tunnel.Session, ask check) checked {
+	e.supersede(ask.UUID, session.Peer())
 	answer := checked{Findings: e.checkIncoming(ctx, ask)}
 	var err error
 	if answer.Redirect, err = e.offerRedirect(ctx, session, ask); err != nil {
 		answer.Findings = append(answer.Findings, Finding{Check: "redirect", Problem: "connections break: " + err.Error(), Remedy: "look at the agent's log there"})
 	}
 	return answer
+}
+
+// errSuperseded is returned when the source does not know of the move any more.
+var errSuperseded = errors.New("its source begins another move of the VM")
+
+// supersede ends an earlier move of a domain from the same source: it does not ask
+// for another while it has one, so it was restarted, and its old session is only
+// kept in case that the link comes back.
+func (e *Engine) supersede(uuid string, peer tunnel.ID) {
+	e.mu.Lock()
+	in := e.incoming[e.busy[uuid]]
+	e.mu.Unlock()
+	if in == nil || in.entry.Peer != string(peer) || in.move.Cancel(errSuperseded) != nil {
+		return
+	}
+	select {
+	case <-in.move.Done():
+	case <-time.After(endingWait):
+	}
 }
 
 // checkIncoming finds what would keep a guest from running here.

@@ -39,15 +39,19 @@ type Config struct {
 	CopyDir   string // folder of the memory of guests that have left
 	// Seeds are the images whose content guests that arrive need not be sent.
 	Seeds seedLibrary
-	// Dial opens a session to a site by its name; Known names the site of a peer.
-	Dial  func(ctx context.Context, site string) (*tunnel.Session, error)
+	// Dial opens a session to a site by its name, which ends when its link is gone for
+	// longer than the outage (0: the tunnel's default); Known names the site of a peer.
+	Dial  func(ctx context.Context, site string, outage time.Duration) (*tunnel.Session, error)
 	Known func(tunnel.ID) string
 	// Redirects keeps the connections of moved guests; Redirect is what a move
 	// asks of it that does not say otherwise.
 	Redirects *netredirect.Manager
 	Redirect  netredirect.Options
-	Hooks     Hooks
-	Log       *slog.Logger
+	// Caps are the limits that hold at a time for all moves to a site together, and
+	// for all moves (site ""); nil: none.
+	Caps  func(site string, now time.Time) Cap
+	Hooks Hooks
+	Log   *slog.Logger
 }
 
 // seedLibrary opens the images that are indexed; who opens them closes them.
@@ -56,7 +60,8 @@ type seedLibrary interface{ Images() []*seed.Image }
 // Engine moves the guests of one host.
 type Engine struct {
 	Config
-	ctx context.Context // the agent's life
+	ctx   context.Context // the agent's life
+	rates *rates
 
 	mu       sync.Mutex
 	moves    map[string]*Move     // by move ID, both roles
@@ -72,7 +77,7 @@ type Engine struct {
 // New makes an engine and reads the ended moves of the journal. ctx is the
 // agent's life.
 func New(ctx context.Context, c Config) (*Engine, error) {
-	e := &Engine{Config: c, ctx: ctx, moves: map[string]*Move{}, busy: map[string]string{}, incoming: map[string]*incoming{}, lines: map[string]*line{}}
+	e := &Engine{Config: c, ctx: ctx, rates: newRates(c.Caps), moves: map[string]*Move{}, busy: map[string]string{}, incoming: map[string]*incoming{}, lines: map[string]*line{}}
 	const kept = 1000
 	if err := c.Journal.Trim(kept); err != nil {
 		return nil, err
@@ -177,7 +182,8 @@ func (e *Engine) Start(ctx context.Context, req Request) (*Move, error) {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	m := newMove(Status{Move: newMoveID(), Role: "source", VM: dom.Name, UUID: dom.UUID, Peer: req.To,
-		Phase: PhaseCheck, Started: time.Now()}, cancel)
+		Phase: PhaseCheck, Started: time.Now(), Priority: req.Priority, Link: Link{Limit: req.Rate}}, cancel)
+	m.limit = req.Rate
 	if err := e.begin(); err != nil {
 		cancel(nil)
 		return nil, err
@@ -196,6 +202,28 @@ func (e *Engine) Start(ctx context.Context, req Request) (*Move, error) {
 		e.release(dom.UUID, m)
 	}()
 	return m, nil
+}
+
+// Limit changes how much of the link a move may use, by the move's ID or by the name
+// of the VM of one that is not over.
+func (e *Engine) Limit(name string, l Limit) error {
+	m, ok := e.Move(name)
+	if !ok {
+		for _, o := range e.Moves() {
+			if s := o.Status(); s.VM == name && !s.Phase.Final() {
+				m, ok = o, true
+			}
+		}
+	}
+	if !ok {
+		return fmt.Errorf("%w %q here: wanmig list shows them", ErrNoMove, name)
+	}
+	if err := m.SetLimit(l); err != nil {
+		return err
+	}
+	e.Log.Info("limit of a move changed", "move", m.Status().Move, "rate", l)
+	e.rates.apply(time.Now())
+	return nil
 }
 
 // endingWait is how long what a move has left to clear may take when its end has

@@ -349,6 +349,8 @@ func (in *incoming) startParts(ctx context.Context) {
 		close(in.durable)
 	}
 	in.work.Go(func() { in.control(ctx) })
+	meter := linkMeter{session: in.session}
+	in.work.Go(func() { meter.watch(ctx, in.move) })
 	in.work.Go(func() { in.accepting(ctx) })
 	in.work.Go(func() {
 		if in.awaitDurable(ctx) == nil {
@@ -401,6 +403,11 @@ func (in *incoming) control(ctx context.Context) {
 				o.Cookie = []byte{}
 			}
 			in.tell(ctx, inEvent{offer: o})
+		case kindPing:
+			if err := in.ctl.send(ctx, kindPong, ping{time.Now()}); err != nil {
+				in.broken(ctx, "session to the source", err)
+				return
+			}
 		case kindCancel:
 			in.tell(ctx, inEvent{event: handoff.Broken, err: fmt.Errorf("the source cancelled: %w", peerReason(body))})
 			return

@@ -3,6 +3,7 @@ package migrate
 import (
 	"time"
 
+	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/memsync"
 )
 
@@ -34,17 +35,17 @@ func (g *gauge) add(count int64, now time.Time) int64 {
 // meter keeps the move's status up to date until the sync ends.
 func (sy *syncer) meter() {
 	disks := make([]gauge, len(sy.disks))
-	var stream, wire, drain gauge
+	var stream, drain gauge
 	ticker := time.NewTicker(meterEvery)
 	defer ticker.Stop()
 	for tick := 0; ; tick++ {
 		select {
 		case <-sy.ctx.Done():
-			sy.show(disks, &stream, &wire, &drain)
+			sy.show(disks, &stream, &drain)
 			return
 		case <-ticker.C:
 		}
-		sy.show(disks, &stream, &wire, &drain)
+		sy.show(disks, &stream, &drain)
 		if tick%jobEvery == 0 {
 			sy.showJob()
 		}
@@ -52,10 +53,9 @@ func (sy *syncer) meter() {
 }
 
 // show takes the counts of every part into the status.
-func (sy *syncer) show(gauges []gauge, stream, wire, drain *gauge) {
+func (sy *syncer) show(gauges []gauge, stream, drain *gauge) {
 	now := time.Now()
 	mem := sy.memoryStats()
-	link := sy.s.session.Stats()
 	disks := make([]Disk, len(sy.disks))
 	var left, sent int64
 	for i, d := range sy.disks {
@@ -86,8 +86,6 @@ func (sy *syncer) show(gauges []gauge, stream, wire, drain *gauge) {
 		if st.Memory.Round <= 1 {
 			st.Memory.Remaining = int64(mem.UnseenPages * mem.PageSize)
 		}
-		st.Link = Link{Sent: link.BytesSent, Received: link.BytesReceived, Rate: wire.add(int64(link.BytesSent), now),
-			RTTMS: float64(link.RTT.Microseconds()) / 1000}
 		st.ETAMS = eta(st, left).Milliseconds()
 	})
 }
@@ -111,6 +109,7 @@ func (sy *syncer) showJob() {
 	if err != nil || !job.Active {
 		return
 	}
+	sy.adapt(job)
 	if job.Iteration > 1 {
 		sy.roundLeft.Store(int64(job.MemoryRemaining))
 	}
@@ -121,6 +120,27 @@ func (sy *syncer) showJob() {
 			st.Memory.Remaining = int64(job.MemoryRemaining)
 		}
 	})
+}
+
+// adapt paces the rounds of a move whose rate is "auto".
+func (sy *syncer) adapt(job hypervisor.JobStats) {
+	now, read := time.Now(), int64(sy.memoryStats().StreamBytes)
+	got := float64(read-sy.readBefore) / now.Sub(sy.readAt).Seconds()
+	sy.readBefore, sy.readAt = read, now
+	held := sy.heldBack.Swap(false)
+	l := sy.s.move.Limit()
+	if !l.Auto {
+		sy.pacer.rate.Store(0)
+		return
+	}
+	sy.adaptive.least, sy.adaptive.most = l.Least.Bytes(), l.Most.Bytes()
+	rate, full := sy.adaptive.follow(roundSample{round: int(job.Iteration), dirty: int64(job.DirtyPages * max(job.PageSize, 4096)),
+		left: int64(job.MemoryRemaining), got: int64(got), held: held})
+	sy.pacer.rate.Store(rate)
+	if full && !sy.fullSpeed.Swap(true) {
+		sy.s.log.Info("the rest of memory goes at full speed", "round", job.Iteration)
+		sy.s.rates.apply(now)
+	}
 }
 
 // eta estimates the time left, or zero when there is too little to go by. The

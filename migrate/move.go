@@ -23,6 +23,7 @@ type Move struct {
 	changed chan struct{} // closed and replaced at each change
 	cancel  context.CancelCauseFunc
 	decided bool // the offer is made: nothing at this host stops the move
+	limit   Limit
 	done    chan struct{}
 }
 

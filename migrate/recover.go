@@ -16,6 +16,9 @@ import (
 // errUndecided is returned when the destination's decision is not known yet.
 var errUndecided = errors.New("the destination has the decision and has not told it: the guest stays paused here until it does")
 
+// errAsksAgain is returned when the agent stops before it knows the decision.
+var errAsksAgain = fmt.Errorf("%w: the agent stops, and asks again when it starts", errUndecided)
+
 // errStopped is returned when the guest shut down or ended by itself.
 var errStopped = errors.New("the guest itself has stopped at the source")
 
@@ -29,6 +32,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 	e.decideRedirects(entries)
 	e.dropStrayMemory(entries)
 	e.work.Go(func() { e.keepSwept(ctx) })
+	e.work.Go(func() { e.rates.run(ctx) })
 	for _, entry := range entries {
 		if entry.State.Final() {
 			continue
@@ -167,27 +171,32 @@ func (e *Engine) ask(ctx context.Context, m *Move, entry handoff.Entry) (answer,
 			err = peerReason(a.body)
 		}
 		if time.Since(begun) > patience {
-			m.update(func(s *Status) {
-				s.Phase = PhaseInDoubt
-				s.Result = &Result{Result: "in-doubt", Move: s.Move, VM: s.VM, To: s.Peer, TotalMS: time.Since(s.Started).Milliseconds(),
-					Error: fmt.Sprintf("%v; last answer: %v; this agent goes on asking", errUndecided, err)}
-			})
+			m.doubt(fmt.Sprintf("last answer: %v; this agent goes on asking", err))
 		}
 		e.Log.Warn("decision not known, asking again", "move", entry.Move, "error", err)
 		select {
 		case <-ctx.Done():
-			return answer{}, fmt.Errorf("%w: the agent stops, and asks again when it starts", errUndecided)
+			return answer{}, errAsksAgain
 		case <-time.After(pause):
 			pause = min(2*pause, slowest)
 		}
 	}
 }
 
+// doubt tells that the decision is not known yet, and why.
+func (m *Move) doubt(why string) {
+	m.update(func(s *Status) {
+		s.Phase = PhaseInDoubt
+		s.Result = &Result{Result: "in-doubt", Move: s.Move, VM: s.VM, To: s.Peer, TotalMS: time.Since(s.Started).Milliseconds(),
+			Error: fmt.Sprintf("%v; %s", errUndecided, why)}
+	})
+}
+
 // askOnce asks in a session of its own.
 func (e *Engine) askOnce(ctx context.Context, entry handoff.Entry) (answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
-	session, err := e.Dial(ctx, entry.Site)
+	session, err := e.Dial(ctx, entry.Site, lineOutage)
 	if err != nil {
 		return answer{}, err
 	}

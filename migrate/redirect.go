@@ -127,11 +127,14 @@ func (s *source) guestNICs(ctx context.Context) ([]netredirect.NIC, []Finding, e
 }
 
 func addrOf(a net.Addr) (netip.Addr, error) {
-	udp, ok := a.(*net.UDPAddr)
-	if !ok {
-		return netip.Addr{}, fmt.Errorf("the session's address %v is not of UDP", a)
+	var ip net.IP
+	switch a := a.(type) {
+	case *net.UDPAddr:
+		ip = a.IP
+	case *net.TCPAddr:
+		ip = a.IP
 	}
-	addr, ok := netip.AddrFromSlice(udp.IP)
+	addr, ok := netip.AddrFromSlice(ip)
 	if !ok {
 		return netip.Addr{}, fmt.Errorf("the session's address %v is not of IP", a)
 	}

@@ -69,7 +69,7 @@ func TestUndoOfWhatDoesNotEnd(t *testing.T) {
 func TestRedirectByNameFails(t *testing.T) {
 	f := newFar(t)
 	e := caller(t, func() *far { return f })
-	session, err := e.Dial(t.Context(), "there")
+	session, err := e.Dial(t.Context(), "there", lineOutage)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +79,7 @@ func TestRedirectByNameFails(t *testing.T) {
 	}
 	for kind, fails := range map[netredirect.Kind]bool{netredirect.QUIC: true, netredirect.Auto: false} {
 		s, _ := redirected()
-		s.ctl, s.redirect.err, s.redirect.ask.Options.Kind = ctl, errors.New("no packet comes back"), kind
+		s.session, s.ctl, s.redirect.err, s.redirect.ask.Options.Kind = session, ctl, errors.New("no packet comes back"), kind
 		ctx, end := context.WithCancelCause(t.Context())
 		sy := &syncer{s: s, ctx: ctx, end: end}
 		if !sy.mayRead() {

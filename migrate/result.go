@@ -69,8 +69,9 @@ func (s *source) summarise(err error) {
 			r.Error = err.Error()
 		}
 		if s.session != nil {
-			c := s.session.Stats()
-			r.WireBytesSent, r.WireBytesReceived = c.BytesSent, c.BytesReceived
+			l := s.meter.look(time.Now())
+			r.WireBytesSent, r.WireBytesReceived, r.Resent = l.Sent, l.Received, l.Resent
+			r.LinkLostMS, r.Carriers = l.LostMS, s.meter.carriersUsed()
 		}
 		var disks blocksync.Reduction
 		for _, d := range st.Disks {
@@ -174,7 +175,6 @@ func (s *source) measure(sy *syncer, offered time.Time, r running) {
 	if r.Paused || sy.stopped().IsZero() {
 		return // it landed paused or was paused before: there is no downtime to speak of
 	}
-	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 	s.downtime = Downtime{StopToTail: ms(offered.Sub(sy.stopped())), Transfer: ms(s.session.Stats().RTT / 2),
 		DrainDisks: r.DrainMS, LoadState: r.LoadMS, Journal: r.JournalMS, FinishGuest: r.FinishMS}
 }

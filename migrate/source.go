@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/wanmig/wanmig/handoff"
@@ -24,10 +25,12 @@ type source struct {
 
 	session   *tunnel.Session
 	ctl       *control
-	answers   chan answer // what the destination says once it is prepared; closed with the session
-	listening bool        // answers is being fed
-	aborted   bool        // the destination has said that it cleaned up
-	kept      Kept        // what it keeps all the same
+	answers   chan answer   // what the destination says once it is prepared; closed with the session
+	pongs     chan struct{} // what it answers while the guest stands still
+	listening bool          // answers is being fed
+	meter     linkMeter
+	aborted   bool // the destination has said that it cleaned up
+	kept      Kept // what it keeps all the same
 	plan      plan
 	redirect  redirecting
 	out       *hypervisor.Outgoing
@@ -46,7 +49,7 @@ type answer struct {
 // moveAway carries a move out and leaves its result in the move's status.
 func (e *Engine) moveAway(ctx context.Context, m *Move, dom *hypervisor.Domain, req Request) {
 	st := m.Status()
-	s := &source{Engine: e, move: m, dom: dom, req: req, answers: make(chan answer, 4),
+	s := &source{Engine: e, move: m, dom: dom, req: req, answers: make(chan answer, 4), pongs: make(chan struct{}, 1),
 		log: e.Log.With("move", st.Move, "vm", dom.Name, "to", req.To)}
 	s.log.Info("move begins", "uuid", dom.UUID)
 	err := s.run(ctx)
@@ -108,9 +111,10 @@ func (s *source) checkThere(ctx context.Context) ([]Finding, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	var err error
-	if s.session, err = s.Dial(ctx, s.req.To); err != nil {
+	if s.session, err = s.Dial(ctx, s.req.To, s.req.MaxOutage); err != nil {
 		return nil, err
 	}
+	s.meter.session = s.session
 	if s.ctl, _, err = s.greet(ctx, s.session); err != nil {
 		return nil, err
 	}
@@ -205,6 +209,11 @@ func (s *source) transfer(ctx context.Context) error {
 			return s.step(handoff.Failed, err)
 		}
 	}
+	watchCtx, unwatch := context.WithCancel(context.WithoutCancel(ctx))
+	var watching sync.WaitGroup
+	watching.Go(func() { s.meter.watch(watchCtx, s.move) })
+	defer watching.Wait()
+	defer unwatch()
 	s.move.phase(PhasePrepare)
 	ready, err := s.prepare(ctx)
 	if err != nil {
@@ -295,6 +304,13 @@ func (s *source) listen() {
 		if err != nil {
 			return
 		}
+		if kind == kindPong {
+			select {
+			case s.pongs <- struct{}{}:
+			default: // nobody waits for it
+			}
+			continue
+		}
 		select {
 		case s.answers <- answer{kind, append([]byte(nil), body...)}:
 		default:
@@ -383,14 +399,31 @@ func (s *source) recordState(next handoff.State, cause error) error {
 	return nil
 }
 
+// decisionWait is how long the decision may take until the move counts as in doubt.
+const decisionWait = 30 * time.Second
+
 // learn waits for the decision, and asks for it when the session is gone. It
 // returns an error only when the agent stops: the journal then asks again.
 func (s *source) learn(ctx context.Context) (answer, error) {
-	for a := range s.answers {
-		if a.kind == kindRunning || a.kind == kindAborted {
-			return a, nil
+	late, stopping := time.After(decisionWait), ctx.Done()
+	var latest <-chan time.Time
+	for open := true; open; {
+		select {
+		case a, ok := <-s.answers:
+			if ok && (a.kind == kindRunning || a.kind == kindAborted) {
+				return a, nil
+			}
+			if ok {
+				s.log.Warn("unexpected control message", "kind", a.kind)
+			}
+			open = ok
+		case <-late:
+			s.move.doubt(fmt.Sprintf("no answer for %v; this agent goes on waiting", decisionWait))
+		case <-stopping: // the agent ends what it can
+			latest, stopping = time.After(decisionWait), nil
+		case <-latest:
+			return answer{}, errAsksAgain
 		}
-		s.log.Warn("unexpected control message", "kind", a.kind)
 	}
 	s.log.Warn("session lost with the offer out: asking the destination for its decision", "error", s.session.Err())
 	return s.ask(ctx, s.move, s.entry)
@@ -406,7 +439,7 @@ func (s *source) resume(ctx context.Context, cause error) error {
 		cause = ErrCancelled // whatever part it interrupted
 	}
 	if s.entry.State == handoff.Owner && !s.aborted {
-		_ = s.ctl.send(ctx, kindCancel, reason{cause.Error()}) // the session's end says the same
+		s.tellCancel(ctx, cause)
 	}
 	if s.out != nil {
 		if err := s.out.Confirm(ctx, nil, true); err != nil {
@@ -424,10 +457,28 @@ func (s *source) resume(ctx context.Context, cause error) error {
 	return cause
 }
 
+// tellCancel tells the destination why nothing more comes, if it can be told at
+// once: the session's end says the same, and a guest may be waiting.
+func (s *source) tellCancel(ctx context.Context, cause error) {
+	if s.lost() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	_ = s.ctl.send(ctx, kindCancel, reason{cause.Error()})
+}
+
+// lost reports whether nothing carries the session now.
+func (s *source) lost() bool { return !s.session.Link().LostSince.IsZero() }
+
 // awaitAborted gives the destination time to say that it has cleaned up, so
 // that "rolled back" means both hosts.
 func (s *source) awaitAborted() {
 	if !s.listening || s.aborted {
+		return
+	}
+	if s.lost() {
+		s.log.Warn("the destination is not reached: it cleans up when it is told, or after the longest outage")
 		return
 	}
 	late := time.After(time.Minute) // it may be starting QEMU

@@ -41,6 +41,10 @@ type Request struct {
 	Verify     bool              `json:"verify,omitempty"` // compare the disks of both sides before the guest runs there
 	Fresh      bool              `json:"fresh,omitempty"`  // older copies of the disks at the destination don't count
 
+	Rate      Limit         `json:"rate,omitzero"`
+	Priority  Priority      `json:"priority,omitempty"`
+	MaxOutage time.Duration `json:"max_outage_ns,omitempty"` // how long the link may be gone; 0: tunnel.DefaultOutage
+
 	// How connections go on; what is not set is the agent's configuration's.
 	Redirect    netredirect.Kind        `json:"redirect,omitempty"`
 	RedirectMax time.Duration           `json:"redirect_max_ns,omitempty"`
@@ -61,6 +65,7 @@ type Status struct {
 	Phase    Phase      `json:"phase"`
 	Started  time.Time  `json:"started"`
 	Ended    *time.Time `json:"ended,omitempty"`
+	Priority Priority   `json:"priority,omitempty"`
 	Disks    []Disk     `json:"disks,omitempty"`
 	Memory   Memory     `json:"memory"`
 	Link     Link       `json:"link"`
@@ -138,14 +143,6 @@ type Verified struct {
 	Last int64 `json:"last"` // compared again while the guest was stopped
 }
 
-// Link is what the session to the peer has carried, in bytes of UDP payload.
-type Link struct {
-	Sent     uint64  `json:"sent"`
-	Received uint64  `json:"received"`
-	Rate     int64   `json:"rate"` // sent per second
-	RTTMS    float64 `json:"rtt_ms"`
-}
-
 // Finding is something the check phase found.
 type Finding struct {
 	Check   string `json:"check"`
@@ -181,9 +178,13 @@ type Result struct {
 	Downtime          Downtime `json:"downtime"`
 	WireBytesSent     uint64   `json:"wire_bytes_sent"`
 	WireBytesReceived uint64   `json:"wire_bytes_received"`
-	DiskBytes         int64    `json:"disk_bytes"`   // disk content sent, before reduction
-	MemoryBytes       int64    `json:"memory_bytes"` // RAM stream sent, before reduction
-	MemoryRounds      int      `json:"memory_rounds"`
+	Resent            uint64   `json:"resent"`                 // of those sent: a second time, after a carrier was lost
+	LinkLostMS        int64    `json:"link_lost_ms,omitempty"` // for how long nothing carried the session
+	// Carriers tells how many connections of each transport the session had at one time.
+	Carriers     []CarriersUsed `json:"carriers,omitempty"`
+	DiskBytes    int64          `json:"disk_bytes"`   // disk content sent, before reduction
+	MemoryBytes  int64          `json:"memory_bytes"` // RAM stream sent, before reduction
+	MemoryRounds int            `json:"memory_rounds"`
 	// Reduction tells as what memory was sent; nil when none was.
 	Reduction *Reduction `json:"reduction,omitempty"`
 	Verified  *Verified  `json:"verified,omitempty"` // of a move with --verify

@@ -37,6 +37,18 @@ type syncer struct {
 	memoryDone chan error     // the memory stream's end
 	performed  chan performed // libvirt's Perform's end
 
+	leave  func()        // the division of the link
+	still  chan struct{} // closed when the guest stands still
+	tailed chan struct{} // closed when everything of it was sent
+	watch  chan error    // has the vigil's end
+
+	pacer      pacer
+	adaptive   adaptive    // of meter's goroutine, as the next two
+	readBefore int64       // of the memory stream
+	readAt     time.Time   //
+	heldBack   atomic.Bool // memory, since the adaptive rate was last told
+	fullSpeed  atomic.Bool // the rest, see adaptive
+
 	stopAt    atomic.Int64 // Unix nanoseconds of the guest's stop, 0 while it runs
 	diskRate  atomic.Int64 // bytes per second leaving the outboxes
 	roundLeft atomic.Int64 // of this pass, as QEMU last told
@@ -59,6 +71,7 @@ type performed struct {
 func (s *source) startSync(parent context.Context, ready prepared) (*syncer, error) {
 	ctx, end := context.WithCancelCause(context.WithoutCancel(parent))
 	sy := &syncer{s: s, ctx: ctx, end: end, memoryDone: make(chan error, 1), performed: make(chan performed, 1),
+		still: make(chan struct{}), tailed: make(chan struct{}), watch: make(chan error, 1),
 		pageStore: min(s.PageStore, ready.PageStore)}
 	sy.unlink = context.AfterFunc(parent, func() { sy.fail(context.Cause(parent)) })
 	if err := sy.start(ready.Cookie); err != nil {
@@ -90,9 +103,7 @@ func (sy *syncer) fail(cause error) {
 
 func (sy *syncer) finish(cause error) {
 	sy.failed.Do(func() {
-		ctx, cancel := context.WithTimeout(sy.ctx, 2*time.Second)
-		defer cancel()
-		_ = sy.s.ctl.send(ctx, kindCancel, reason{cause.Error()}) // the session's end says it as well
+		sy.s.tellCancel(sy.ctx, cause)
 		sy.end(cause)
 	})
 }
@@ -153,7 +164,10 @@ func (sy *syncer) start(cookie []byte) error {
 		cookie, err := s.out.Perform(sy.ctx, cookie, ramPath, nbdPath)
 		sy.performed <- performed{cookie, err}
 	})
+	sy.leave = s.rates.join(&sender{move: s.move, site: s.req.To, session: s.session, weight: s.req.Priority.weight(),
+		stopped: func() bool { return sy.stopAt.Load() != 0 }, full: sy.fullSpeed.Load})
 	sy.work.Go(sy.meter)
+	sy.work.Go(sy.keepVigil)
 	sy.work.Go(sy.watchRedirect)
 	return nil
 }
@@ -194,9 +208,14 @@ func (sy *syncer) stream(l net.Listener, ch *tunnel.Channel) error {
 }
 
 // pace holds the memory stream back while the disks need the link.
-func (sy *syncer) pace(ctx context.Context, _ int) error {
+func (sy *syncer) pace(ctx context.Context, n int) error {
 	sy.guardOpaque()
-	for sy.stopAt.Load() == 0 && !sy.mayRead() {
+	stopped := func() bool { return sy.stopAt.Load() != 0 }
+	if err := sy.pacer.wait(ctx, n, stopped); err != nil {
+		return err
+	}
+	for !stopped() && !sy.mayRead() {
+		sy.heldBack.Store(true)
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
@@ -300,9 +319,41 @@ func (sy *syncer) event(ev hypervisor.Event) {
 	if !finalStop(ev) {
 		return
 	}
-	sy.stopAt.CompareAndSwap(0, ev.Time.UnixNano())
+	sy.stand(ev.Time)
 	sy.s.switchRedirect()
 	sy.s.move.phase(PhaseHandoff)
+}
+
+// stand notes that the guest stands still: what remains of it goes before all else.
+func (sy *syncer) stand(since time.Time) {
+	if sy.stopAt.CompareAndSwap(0, since.UnixNano()) {
+		close(sy.still)
+		sy.s.rates.apply(time.Now())
+	}
+}
+
+// keepVigil lets the guest go on here when the destination does not answer while it
+// stands still. A guest that was paused before has nothing to wait for.
+func (sy *syncer) keepVigil() {
+	var err error
+	select {
+	case <-sy.still:
+		if !sy.s.entry.Paused {
+			err = vigil(sy.ctx, sy.tailed, sy.ping, sy.s.pongs)
+		}
+	case <-sy.ctx.Done():
+	}
+	sy.watch <- err
+	if err != nil {
+		sy.fail(err)
+	}
+}
+
+// ping asks the destination whether it is there.
+func (sy *syncer) ping() <-chan error {
+	sent := make(chan error, 1)
+	sy.work.Go(func() { sent <- sy.s.ctl.send(sy.ctx, kindPing, ping{time.Now()}) })
+	return sent
 }
 
 // finalStop reports whether the guest was stopped by its migration. An operator,
@@ -322,7 +373,7 @@ func (sy *syncer) stopped() time.Time {
 // seal closes the outboxes: the RAM section has ended, so the guest is stopped
 // and libvirt has completed the mirrors.
 func (sy *syncer) seal() {
-	sy.stopAt.CompareAndSwap(0, time.Now().UnixNano())
+	sy.stand(time.Now())
 	for _, d := range sy.disks {
 		d.outbox.Seal() // first: the guest's resume waits for the disks
 	}
@@ -347,7 +398,8 @@ func (sy *syncer) tail() ([]byte, error) {
 		return nil, context.Cause(sy.ctx)
 	}
 	sy.seal() // not yet done when the stream passed opaque
-	return p.cookie, nil
+	close(sy.tailed)
+	return p.cookie, <-sy.watch
 }
 
 // awaitPerform waits for Perform, and for what the destination says meanwhile.
@@ -398,6 +450,9 @@ func (sy *syncer) stop() {
 		sy.unwatch()
 	}
 	sy.work.Wait()
+	if sy.leave != nil {
+		sy.leave()
+	}
 	if sy.budget != nil {
 		sy.budget.Close()
 	}

@@ -147,20 +147,21 @@ func drawFrame(m migrate.Status, width int, st style, now time.Time) (head strin
 	} else {
 		head = join(" ", name(m.VM), arrow, name(m.Peer))
 	}
-	head = fit(width, "  ", tail, head, state(m), clock(elapsed(m, now)), left(m),
-		unless(m.Link.Rate == 0, "link "+rate(m.Link.Rate)), roundTrip(m.Link), unless(m.Link.Sent == 0, "sent "+size(int64(m.Link.Sent))))
+	away, waits := lost(m, now)
+	head = fit(width, "  ", tail, head, state(m), clock(elapsed(m, now)), away, waits, left(m),
+		unless(m.Link.Rate == 0 || away != "", "link "+rateOf(m.Link.Rate)), limited(m.Link), unless(away != "", roundTrip(m.Link)), unless(m.Link.Sent == 0, "sent "+size(int64(m.Link.Sent))))
 
 	var rows []row
 	for _, d := range m.Disks {
 		rows = append(rows, row{
-			name: runewidth.Truncate(printable(d.Target), 12, tail), amount: sizeOf(d.Done, d.Size), rate: unless(d.Rate == 0, rate(d.Rate)),
+			name: runewidth.Truncate(printable(d.Target), 12, tail), amount: sizeOf(d.Done, d.Size), rate: unless(d.Rate == 0, rateOf(d.Rate)),
 			facts: []string{unless(d.Pending == 0, size(d.Pending)+" pending"), unless(d.Spooled == 0, size(d.Spooled)+" spooled"), found(d)},
 			part:  d.Done, whole: d.Size,
 		})
 	}
 	if mem := m.Memory; mem.Size > 0 {
 		rows = append(rows, row{
-			name: "memory", amount: memoryLeft(mem), rate: unless(mem.Rate == 0, rate(mem.Rate)),
+			name: "memory", amount: memoryLeft(mem), rate: unless(mem.Rate == 0, rateOf(mem.Rate)),
 			facts: []string{memoryRound(mem), held(mem), dirtying(mem)},
 			part:  mem.Size - mem.Remaining, whole: mem.Size,
 		})

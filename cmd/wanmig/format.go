@@ -40,8 +40,8 @@ func scale(n, like int64) (value, unit string) {
 	return fmt.Sprintf("%.1f", v), units[i]
 }
 
-// rate formats bytes per second.
-func rate(n int64) string { return size(n) + "/s" }
+// rateOf formats bytes per second.
+func rateOf(n int64) string { return size(n) + "/s" }
 
 // percent formats how much of whole a part is.
 func percent(part, whole int64) string {

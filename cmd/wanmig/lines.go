@@ -12,21 +12,25 @@ import (
 // lineEvery is how often a move is reported where there is no terminal.
 const lineEvery = 5 * time.Second
 
-// lines shows a move as a line now and then and at each change of phase.
+// lines shows a move as a line now and then, at each change of phase, and when its
+// link goes and comes.
 type lines struct {
 	w       io.Writer
 	now     func() time.Time
 	phase   migrate.Phase
+	lost    bool
 	printed time.Time
 	paused  bool
 }
 
 func (l *lines) show(m migrate.Status) {
 	now := l.now()
-	if l.paused || (m.Phase == l.phase && now.Sub(l.printed) < lineEvery) {
+	since, _ := lost(m, now)
+	gone := since != ""
+	if l.paused || (m.Phase == l.phase && gone == l.lost && now.Sub(l.printed) < lineEvery) {
 		return
 	}
-	l.phase, l.printed = m.Phase, now
+	l.phase, l.lost, l.printed = m.Phase, gone, now
 	fmt.Fprintln(l.w, progressLine(m, now))
 }
 
@@ -48,8 +52,10 @@ func progressLine(m migrate.Status, now time.Time) string {
 			}
 		}
 		parts = append(parts, join(", ", "memory "+memoryLeft(m.Memory), memoryRound(m.Memory), held(m.Memory), dirtying(m.Memory)))
-		parts = append(parts, join(", ", "link "+rate(m.Link.Rate), roundTrip(m.Link)))
-		parts = append(parts, left(m))
+		parts = append(parts, speed(m, now), left(m))
+	} else {
+		since, _ := lost(m, now)
+		parts = append(parts, since)
 	}
 	return join("; ", parts...)
 }
@@ -68,7 +74,7 @@ func memoryRound(m migrate.Memory) string {
 }
 
 func dirtying(m migrate.Memory) string {
-	return unless(m.DirtyRate == 0, "dirty "+rate(m.DirtyRate))
+	return unless(m.DirtyRate == 0, "dirty "+rateOf(m.DirtyRate))
 }
 
 // found is how much of a disk's content the destination had.
@@ -81,7 +87,7 @@ func held(m migrate.Memory) string { return unless(!m.Held, "held for disks") }
 func roundTrip(l migrate.Link) string { return unless(l.RTTMS == 0, "RTT "+millis(l.RTTMS)) }
 
 func left(m migrate.Status) string {
-	return unless(m.ETAMS == 0, "about "+clock(time.Duration(m.ETAMS)*time.Millisecond)+" left")
+	return unless(m.ETAMS == 0 || m.Link.LostSince != nil, "about "+clock(time.Duration(m.ETAMS)*time.Millisecond)+" left")
 }
 
 func unless(absent bool, fact string) string {

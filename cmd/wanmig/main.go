@@ -98,6 +98,7 @@ it over a unix socket.
 		newMoveCommand(client),
 		newStatusCommand(client),
 		newListCommand(client),
+		newLimitCommand(client),
 		newCancelCommand(client),
 		newRedirectCommand(client),
 		newCopiesCommand(client),

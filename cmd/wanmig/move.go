@@ -37,6 +37,12 @@ The agent does the work: closing the terminal does not stop it. Ctrl-C on a
 terminal asks whether to cancel, to detach or to go on; elsewhere SIGINT and
 SIGTERM detach. Progress goes to stderr, the summary to stdout.
 
+While the link is gone the move waits for it, and the guest runs on; only while it
+is stopped for the handoff a destination that does not answer for 10 s ends the
+move, and the guest goes on here.
+
+` + rateHelp + `
+
 With --json the last line of stdout is one object, whatever happened. Its
 result is done, checked (--dry-run), refused, rolled-back, in-doubt, detached
 or unknown.
@@ -45,6 +51,7 @@ or unknown.
 		Example: `  wanmig move web --to remote-dc --dry-run
   wanmig move web --to remote-dc
   wanmig move web --to remote-dc --network br0=br-public --storage vdb=/srv/images
+  wanmig move web --to remote-dc --rate 400mbit --priority low
   wanmig move web --to remote-dc --addresses new --dns-name www.example.org --lower-ttl`,
 		Args: need("VM"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -80,6 +87,9 @@ or unknown.
 	f.BoolVar(&req.Fresh, "fresh", false, "make the disks anew, also where the destination has an older copy of them")
 	f.BoolVar(&req.Paused, "paused", false, "leave the guest paused at the destination")
 	f.BoolVar(&req.CopyCDROM, "copy-cdrom", false, "carry read-only CD-ROMs along instead of ejecting them")
+	f.Var((*limitFlag)(&req.Rate), "rate", "use no more of the link: bits per second as in 400mbit; auto leaves room for others")
+	f.Var(choice[migrate.Priority]{&req.Priority, migrate.Priorities}, "priority", "among moves that share the link; normal if not said")
+	f.Var((*outage)(&req.MaxOutage), "max-outage", "how long the link may be gone before the move is rolled back (10m if not said)")
 	connectionFlags(cmd, &req)
 	cmd.MarkFlagsMutuallyExclusive("detach", "dry-run")
 	return cmd

@@ -39,6 +39,9 @@ func TestPackagedConfig(t *testing.T) {
 	if c.Site != "north" || len(c.Addresses.Pool) != 2 || c.DNS == nil || c.BGP == nil {
 		t.Fatalf("with every key the configuration is %+v", c)
 	}
+	if len(c.Rates) != 2 || c.Rates[1].Site != "south" || len(c.Rates[1].Windows) != 2 || len(c.Rates[1].Windows[0].Days) != 5 || c.Rates[1].Windows[1].Rate != 0 {
+		t.Errorf("rates are %+v", c.Rates)
+	}
 	if len(c.DNS.Servers) != 2 || len(c.DNS.Zones) != 2 || c.DNS.TTL != names.DefaultTTL {
 		t.Errorf("DNS is %+v", *c.DNS)
 	}

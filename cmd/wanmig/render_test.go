@@ -43,6 +43,11 @@ func TestFrames(t *testing.T) {
 		d := &done.Disks[i]
 		d.Done, d.Pending, d.Spooled, d.Rate = d.Size, 0, 0, 0
 	}
+	since := began.Add(40 * time.Second)
+	away := syncing()
+	away.Link.LostSince, away.Link.Rate = &since, 0
+	limited := syncing()
+	limited.Link.Limit, limited.Link.Allowed, limited.Link.LimitedBy = migrate.Limit{Auto: true}, 16666666, "site remote-dc"
 	arriving := syncing()
 	arriving.Role = "destination"
 
@@ -63,6 +68,9 @@ func TestFrames(t *testing.T) {
 		{"preparing", preparing, 80, style{unicode: true}},
 		{"troubled", troubled, 60, style{unicode: true}},
 		{"done", done, 80, style{unicode: true}},
+		{"link lost", away, 140, style{unicode: true}},
+		{"link lost, narrow", away, 60, style{unicode: true}},
+		{"limited", limited, 140, style{unicode: true}},
 		{"at the destination", arriving, 80, style{unicode: true}},
 	} {
 		head, lines := drawFrame(c.m, c.width, c.st, began.Add(72*time.Second))
@@ -127,12 +135,20 @@ func TestLines(t *testing.T) {
 	l.resume()
 	l.say("said")
 	l.show(m)
+	for i := range 4 { // at once when the link goes and comes, too
+		now = now.Add(time.Second)
+		m.Link.LostSince = nil
+		if i == 1 || i == 2 {
+			m.Link.LostSince = &began
+		}
+		l.show(m)
+	}
 	var heads []string
 	for line := range strings.Lines(out.String()) {
 		head, _, _ := strings.Cut(strings.TrimSpace(line), ";")
 		heads = append(heads, head)
 	}
-	want := "web sync: 0 s, web sync: 5 s, web handoff: 7 s, said, web handoff: 1h00m"
+	want := "web sync: 0 s, web sync: 5 s, web handoff: 7 s, said, web handoff: 1h00m, web handoff: 1h00m, web handoff: 1h00m"
 	if got := strings.Join(heads, ", "); got != want {
 		t.Errorf("printed %s, want %s", got, want)
 	}
@@ -147,6 +163,7 @@ func TestFormats(t *testing.T) {
 		{span(412 * time.Millisecond), "412 ms"}, {span(9990 * time.Millisecond), "9.9 s"}, {span(38200 * time.Millisecond), "38 s"},
 		{span(98200 * time.Millisecond), "1m38s"}, {span(3*time.Hour + 59*time.Minute + 59*time.Second), "3h59m"}, {span(-1), "0 ms"},
 		{clock(1999 * time.Millisecond), "1 s"}, {millis(0.04), "0.0 ms"}, {millis(51.2), "51 ms"}, {millis(1234.5), "1.2 s"}, {millis(1e300), "277777h46m"},
+		{round(133333328).String(), "133mbit"}, {round(999999999).String(), "1gbit"}, {round(8).String(), "8bit"}, {round(-5).String(), "-5bit"},
 		{count(1, "round"), "1 round"}, {count(2, "round"), "2 rounds"},
 		{name("web"), "web"}, {name("my vm"), `"my vm"`}, {name(""), `""`}, {name("\x1b[2J"), "?[2J"},
 		{oneLine("a\nb\r\n\x07c"), "a; b; ?c"},
@@ -180,9 +197,10 @@ func FuzzRender(f *testing.F) {
 	seed := syncing()
 	seed.Disks[0].Problem = "full"
 	seed.Findings = []migrate.Finding{{Check: "space", Problem: "none", Remedy: "free some", Fatal: true}}
+	seed.Link = migrate.Link{LostSince: &began, LostMS: 1 << 62, Allowed: 1 << 62, LimitedBy: "\x1b[2J", Resent: 1, Carriers: []migrate.Carrier{{Transport: "tcp", RTTMS: -1}}}
 	for _, r := range []string{"", "done", "rolled-back", "refused", "checked", "in-doubt"} {
 		if r != "" {
-			seed.Result = &migrate.Result{Result: r, Error: "x", DowntimeMS: 4, DiskBytes: 4, Notices: []string{"n"}, Findings: seed.Findings}
+			seed.Result = &migrate.Result{Result: r, Error: "x", DowntimeMS: 4, DiskBytes: 4, Notices: []string{"n"}, LinkLostMS: 1 << 62, Carriers: []migrate.CarriersUsed{{Transport: "\x07"}}, Findings: seed.Findings}
 		}
 		b, err := json.Marshal(seed)
 		if err != nil {

@@ -23,19 +23,18 @@ func newSiteCommand(client newClient) *cobra.Command {
 }
 
 func newSiteAdd(client newClient) *cobra.Command {
-	var id string
+	var id, transport string
 	cmd := &cobra.Command{
 		Use:   "add NAME ADDRESS --id ID",
 		Short: "Make another site's agent known, by its address and identity",
-		Long: `Make another site's agent known, by its address (host:port, for
-UDP and TCP) and its identity (wanmig id, asked there). The other site has to add
-this one as well.`,
+		Long: `Make another site's agent known, by its address (host:port, UDP and TCP) and its
+identity (wanmig id, asked there). The other site has to add this one as well.`,
 		Args: need("NAME", "ADDRESS"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if id == "" {
 				return errors.New("--id ID is missing: `wanmig id` prints it at the other site")
 			}
-			if err := client().PutSite(cmd.Context(), agent.Site{Name: args[0], Address: args[1], ID: id}); err != nil {
+			if err := client().PutSite(cmd.Context(), agent.Site{Name: args[0], Address: args[1], ID: id, Transport: transport}); err != nil {
 				return err
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "Added %s; `wanmig site check %s` tries it.\n", name(args[0]), name(args[0]))
@@ -43,6 +42,7 @@ this one as well.`,
 		},
 	}
 	cmd.Flags().StringVar(&id, "id", "", "the other agent's identity, an `ID`")
+	cmd.Flags().Var(choice[string]{&transport, []string{"auto", "quic", "tcp"}}, "transport", "what moves run over; auto takes what works and is faster")
 	return cmd
 }
 
@@ -61,9 +61,13 @@ func newSiteList(client newClient) *cobra.Command {
 				return nil
 			}
 			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
-			fmt.Fprintln(w, "NAME\tADDRESS\tID")
+			fmt.Fprintln(w, "NAME\tADDRESS\tTRANSPORT\tID")
 			for _, s := range sites {
-				fmt.Fprintf(w, "%s\t%s\t%s\n", name(s.Name), printable(s.Address), printable(s.ID))
+				transport := s.Transport
+				if transport == "" {
+					transport = "auto"
+				}
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", name(s.Name), printable(s.Address), printable(transport), printable(s.ID))
 			}
 			return w.Flush()
 		},

@@ -25,16 +25,25 @@ func describe(m migrate.Status, now time.Time) string {
 		return b.String()
 	}
 	for _, d := range m.Disks {
-		fmt.Fprintf(&b, "  %-10s %s\n", printable(d.Target), join(", ", "done "+sizeOf(d.Done, d.Size), percent(d.Done, d.Size), rate(d.Rate),
+		fmt.Fprintf(&b, "  %-10s %s\n", printable(d.Target), join(", ", "done "+sizeOf(d.Done, d.Size), percent(d.Done, d.Size), rateOf(d.Rate),
 			unless(d.Pending == 0, size(d.Pending)+" pending"), unless(d.Spooled == 0, size(d.Spooled)+" spooled"), found(d), oneLine(d.Problem)))
 	}
 	if m.Memory.Size > 0 {
-		fmt.Fprintf(&b, "  %-10s %s\n", "memory", join(", ", memoryLeft(m.Memory)+" of "+size(m.Memory.Size), rate(m.Memory.Rate),
+		fmt.Fprintf(&b, "  %-10s %s\n", "memory", join(", ", memoryLeft(m.Memory)+" of "+size(m.Memory.Size), rateOf(m.Memory.Rate),
 			memoryRound(m.Memory), held(m.Memory), dirtying(m.Memory)))
 	}
+	if m.Priority != "" {
+		fmt.Fprintf(&b, "  %-10s %s\n", "priority", printable(string(m.Priority)))
+	}
 	if m.Link.Sent > 0 || m.Link.RTTMS > 0 {
-		fmt.Fprintf(&b, "  %-10s %s\n", "link", join(", ", rate(m.Link.Rate), roundTrip(m.Link),
-			size(int64(m.Link.Sent))+" sent", size(int64(m.Link.Received))+" received"))
+		away, waits := lost(m, now)
+		fmt.Fprintf(&b, "  %-10s %s\n", "link", join(", ", away, waits, unless(away != "", join(", ", rateOf(m.Link.Rate), roundTrip(m.Link))), limited(m.Link),
+			size(int64(m.Link.Sent))+" sent", size(int64(m.Link.Received))+" received",
+			unless(m.Link.Resent == 0, size(int64(m.Link.Resent))+" sent again"),
+			unless(m.Link.LostMS == 0, "lost for "+span(time.Duration(m.Link.LostMS)*time.Millisecond)+" in all")))
+	}
+	if c := carriers(m.Link.Carriers); c != "" {
+		fmt.Fprintf(&b, "  %-10s %s\n", "carriers", c)
 	}
 	b.WriteString(findings(m.Findings))
 	return b.String()
@@ -75,7 +84,10 @@ func summary(r migrate.Result) string {
 		line("  there", destination)
 		line("sent", size(int64(r.WireBytesSent))+unless(moved == 0, fmt.Sprintf(", %s of %s of disks and %s of memory",
 			percent(int64(r.WireBytesSent), moved), size(r.DiskBytes), size(r.MemoryBytes))))
+		line("sent again", unless(r.Resent == 0, size(int64(r.Resent))+", after connections were lost"))
 		line("received", size(int64(r.WireBytesReceived)))
+		line("link lost", unless(r.LinkLostMS == 0, "for "+span(time.Duration(r.LinkLostMS)*time.Millisecond)+" in all"))
+		line("carriers", carriersUsed(r.Carriers))
 		if v := r.Verified; v != nil {
 			line("verified", fmt.Sprintf("%s of disks are the same at both sites, %s looked at again while the guest was stopped", size(v.Same), size(v.Last)))
 		}
