@@ -149,11 +149,16 @@ func redirectFindings(from []netredirect.Finding) []Finding {
 	return all
 }
 
+// redirectTakes is how long a redirect may take to be made, of the time in which the
+// destination answers.
+const redirectTakes = 45 * time.Second
+
 // prepareRedirect makes the redirect ready at both hosts, beside the sync.
 func (s *source) prepareRedirect(ctx context.Context) {
 	r := &s.redirect
 	r.ready = make(chan struct{})
-	ctx, r.end = context.WithTimeout(ctx, 45*time.Second)
+	ctx, end := context.WithCancelCause(ctx)
+	r.end = func() { end(nil) }
 	if len(r.ask.NICs) == 0 {
 		close(r.ready)
 		return
@@ -161,8 +166,9 @@ func (s *source) prepareRedirect(ctx context.Context) {
 	s.work.Go(func() {
 		defer close(r.ready)
 		defer r.end()
+		s.work.Go(func() { s.vigil.patience(ctx, redirectTakes, end) })
 		err := s.beginRedirect(ctx)
-		if err != nil && !errors.Is(ctx.Err(), context.Canceled) {
+		if err != nil && (ctx.Err() == nil || errors.Is(context.Cause(ctx), errSlow)) {
 			r.err = err
 			s.notRedirected(err)
 		}
@@ -196,12 +202,25 @@ func (s *source) beginRedirect(ctx context.Context) error {
 		return answer.read(reply)
 	}
 	peer := netredirect.Peer{Site: s.req.To, ID: string(s.session.Peer()), Address: address}
-	x, err := s.Redirects.Begin(ctx, netredirect.VM{Move: s.entry.Move, Name: s.dom.Name, UUID: s.dom.UUID}, peer, s.redirect.ask, s.redirect.offer, call)
-	if err != nil {
-		return err
+	vm := netredirect.VM{Move: s.entry.Move, Name: s.dom.Name, UUID: s.dom.UUID}
+	for {
+		began := time.Now()
+		x, err := s.Redirects.Begin(ctx, vm, peer, s.redirect.ask, s.redirect.offer, call)
+		if err == nil {
+			s.redirect.live = x
+			return nil
+		}
+		if ctx.Err() != nil || !s.vigil.wasSilent(began) {
+			return err
+		}
+		s.log.Info("the link went while the redirect was made: it is made again", "error", err)
+		for s.vigil.isSilent() && ctx.Err() == nil {
+			select {
+			case <-time.After(vigilEvery):
+			case <-ctx.Done():
+			}
+		}
 	}
-	s.redirect.live = x
-	return nil
 }
 
 // redirectReady reports whether the stop need not wait for the redirect, and the

@@ -11,6 +11,7 @@ type load struct {
 	FirstPassLeft int64   // bytes of RAM not yet seen in the first pass
 	RoundLeft     int64   // bytes of RAM that QEMU has still to send in this pass, by its own account
 	RAM           int64   // bytes of RAM
+	Silent        bool    // the destination does not answer just now: the link may be gone
 }
 
 const (
@@ -50,17 +51,20 @@ func memoryMayRead(l load) bool {
 	if l.RAM == 0 {
 		return true // the stream's header: what memory there is comes with it
 	}
+	near := l.FirstPassLeft <= min(int64(tailBytes), l.RAM)
+	if l.FirstPassLeft == 0 {
+		near = l.RoundLeft <= roundTail
+	}
+	if near && l.Silent {
+		return false // QEMU would stop the guest, to wait for the link
+	}
 	drained := l.DiskPending <= backlogFloor ||
 		float64(l.DiskPending) <= l.DiskRate*backlogGoal.Seconds()
 	if drained {
 		return true
 	}
-	if l.FirstPassLeft == 0 {
-		return l.RoundLeft > roundTail
-	}
-	tail := min(int64(tailBytes), l.RAM)
-	if l.FirstPassLeft <= tail {
-		return false
+	if l.FirstPassLeft == 0 || near {
+		return !near
 	}
 	if l.DiskPending <= max(bulkFloor, int64(l.DiskRate*bulkTime.Seconds())) {
 		return true

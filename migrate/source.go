@@ -26,9 +26,10 @@ type source struct {
 	session   *tunnel.Session
 	ctl       *control
 	answers   chan answer   // what the destination says once it is prepared; closed with the session
-	pongs     chan struct{} // what it answers while the guest stands still
+	pongs     chan struct{} // its answers to the vigil
 	listening bool          // answers is being fed
 	meter     linkMeter
+	vigil     vigil
 	aborted   bool // the destination has said that it cleaned up
 	kept      Kept // what it keeps all the same
 	plan      plan

@@ -28,6 +28,7 @@ type syncer struct {
 	work      sync.WaitGroup
 	budget    *blocksync.Budget
 	disks     []*outgoingDisk
+	pages     *tunnel.Channel
 	memory    atomic.Pointer[memsync.Source] // nil until QEMU begins with memory
 	pageStore int64                          // bytes of memory that both sides keep
 	strict    bool                           // of the memory goroutine
@@ -152,14 +153,13 @@ func (sy *syncer) start(cookie []byte) error {
 	server := &nbd.Server{Exports: exports, Log: s.log}
 	sy.run("NBD server", func() error { return server.Serve(sy.ctx, nbdListener) })
 
-	memory, err := s.session.Open(sy.ctx, "memory", tunnel.Memory)
-	if err != nil {
+	if sy.pages, err = s.session.Open(sy.ctx, "memory", tunnel.Memory); err != nil {
 		return err
 	}
 	if sy.unwatch, err = s.Host.Watch(sy.ctx, s.dom.UUID, sy.event); err != nil {
 		return err
 	}
-	sy.work.Go(func() { sy.memoryDone <- sy.stream(ram, memory) })
+	sy.work.Go(func() { sy.memoryDone <- sy.stream(ram) })
 	sy.work.Go(func() {
 		cookie, err := s.out.Perform(sy.ctx, cookie, ramPath, nbdPath)
 		sy.performed <- performed{cookie, err}
@@ -182,7 +182,7 @@ func (sy *syncer) run(what string, part func() error) {
 }
 
 // stream passes QEMU's memory to the destination.
-func (sy *syncer) stream(l net.Listener, ch *tunnel.Channel) error {
+func (sy *syncer) stream(l net.Listener) error {
 	conn, err := l.Accept()
 	if err != nil {
 		return memsync.ErrAborted // Perform ended before memory began, and says why
@@ -194,7 +194,7 @@ func (sy *syncer) stream(l net.Listener, ch *tunnel.Channel) error {
 	for _, d := range sy.disks {
 		d.outbox.Covered() // libvirt begins with memory when every mirror has caught up
 	}
-	c := memsync.SourceConfig{QEMU: conn, Frames: ch, Return: ch, Store: sy.pageStore, Pace: sy.pace, OnTail: sy.seal}
+	c := memsync.SourceConfig{QEMU: conn, Frames: sy.pages, Return: sy.pages, Store: sy.pageStore, Pace: sy.pace, OnTail: sy.seal}
 	if keeper := sy.s.memory; keeper != nil {
 		c.Keep = keeper.page
 	}
@@ -288,7 +288,7 @@ func (sy *syncer) load() load {
 	m := sy.memoryStats()
 	pending, sent := sy.outboxes()
 	return load{DiskPending: pending, DiskPeak: sy.peak.Load(), DiskSent: sent - sy.sent.Load(), DiskRate: float64(sy.diskRate.Load()),
-		FirstPassLeft: int64(m.UnseenPages * m.PageSize), RoundLeft: sy.roundLeft.Load(), RAM: int64(m.RAMBytes)}
+		Silent: sy.s.vigil.isSilent(), FirstPassLeft: int64(m.UnseenPages * m.PageSize), RoundLeft: sy.roundLeft.Load(), RAM: int64(m.RAMBytes)}
 }
 
 // verified is what came of comparing the disks; nil if that was not asked for.
@@ -328,6 +328,10 @@ func (sy *syncer) event(ev hypervisor.Event) {
 func (sy *syncer) stand(since time.Time) {
 	if sy.stopAt.CompareAndSwap(0, since.UnixNano()) {
 		close(sy.still)
+		sy.pages.SetPriority(tunnel.Tail)
+		for _, d := range sy.disks {
+			d.ch.SetPriority(tunnel.Tail)
+		}
 		sy.s.rates.apply(time.Now())
 	}
 }
@@ -335,14 +339,11 @@ func (sy *syncer) stand(since time.Time) {
 // keepVigil lets the guest go on here when the destination does not answer while it
 // stands still. A guest that was paused before has nothing to wait for.
 func (sy *syncer) keepVigil() {
-	var err error
-	select {
-	case <-sy.still:
-		if !sy.s.entry.Paused {
-			err = vigil(sy.ctx, sy.tailed, sy.ping, sy.s.pongs)
-		}
-	case <-sy.ctx.Done():
+	still := sy.still
+	if sy.s.entry.Paused {
+		still = nil
 	}
+	err := sy.s.vigil.keep(sy.ctx, still, sy.tailed, sy.ping, sy.s.pongs)
 	sy.watch <- err
 	if err != nil {
 		sy.fail(err)
