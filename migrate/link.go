@@ -72,7 +72,7 @@ func (m *linkMeter) look(now time.Time) Link {
 		m.away += max(end.Sub(m.since), 0)
 	}
 	m.since = link.LostSince
-	l := Link{Sent: counts.BytesSent, Received: counts.BytesReceived, Resent: counts.Resent,
+	l := Link{Sent: counts.BytesSent, Received: counts.BytesReceived, Resent: counts.BytesResent,
 		Rate: m.wire.add(int64(counts.BytesSent), now), RTTMS: ms(counts.RTT)}
 	away := m.away
 	if !m.since.IsZero() {
