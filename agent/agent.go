@@ -175,12 +175,15 @@ func (a *agent) acceptPeers(ctx context.Context) error {
 }
 
 // dial opens a session to a site.
-func (a *agent) dial(ctx context.Context, name string, outage time.Duration) (*tunnel.Session, error) {
+func (a *agent) dial(ctx context.Context, name string, o tunnel.DialOptions) (*tunnel.Session, error) {
 	site, err := a.sites.get(name)
 	if err != nil {
 		return nil, err
 	}
-	session, err := a.endpoint.Dial(ctx, site.Address, tunnel.ID(site.ID), tunnel.DialOptions{Transport: site.transport(), MaxOutage: outage})
+	if o.Transport == tunnel.Auto {
+		o.Transport = site.transport()
+	}
+	session, err := a.endpoint.Dial(ctx, site.Address, tunnel.ID(site.ID), o)
 	if err != nil {
 		return nil, fmt.Errorf("site %s: %w", name, err)
 	}

@@ -39,9 +39,9 @@ type Config struct {
 	CopyDir   string // folder of the memory of guests that have left
 	// Seeds are the images whose content guests that arrive need not be sent.
 	Seeds seedLibrary
-	// Dial opens a session to a site by its name, which ends when its link is gone for
-	// longer than the outage (0: the tunnel's default); Known names the site of a peer.
-	Dial  func(ctx context.Context, site string, outage time.Duration) (*tunnel.Session, error)
+	// Dial opens a session to a site by its name; Auto is the transport that the site
+	// has. Known names the site of a peer.
+	Dial  func(ctx context.Context, site string, o tunnel.DialOptions) (*tunnel.Session, error)
 	Known func(tunnel.ID) string
 	// Redirects keeps the connections of moved guests; Redirect is what a move
 	// asks of it that does not say otherwise.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/wanmig/wanmig/rate"
+	"github.com/wanmig/wanmig/tunnel"
 )
 
 // Limit is how much of the link a move may use at most, of bits on the wire. The
@@ -95,9 +96,10 @@ func (p Priority) weight() int {
 const (
 	LeastOutage = 10 * time.Second
 	MostOutage  = 24 * time.Hour
-	// lineOutage is that of a session which only asks.
-	lineOutage = 30 * time.Second
 )
+
+// asks is of a session that only asks.
+var asks = tunnel.DialOptions{MaxOutage: 30 * time.Second}
 
 // Validate looks for what no move can have.
 func (r Request) Validate() error {

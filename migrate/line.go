@@ -135,7 +135,7 @@ func (e *Engine) connect(ctx context.Context, l *line, site, peer string) error 
 		return nil
 	}
 	l.close("another session takes its place")
-	session, err := e.Dial(ctx, site, lineOutage)
+	session, err := e.Dial(ctx, site, asks)
 	if err != nil {
 		return err
 	}

@@ -81,9 +81,9 @@ func tell(t *testing.T, c *control, a redirectAnswer) {
 // caller is an engine that finds the agents of other sites.
 func caller(t *testing.T, at func() *far) *Engine {
 	own, _ := newEndpoint(t)
-	dial := func(ctx context.Context, _ string, outage time.Duration) (*tunnel.Session, error) {
+	dial := func(ctx context.Context, _ string, o tunnel.DialOptions) (*tunnel.Session, error) {
 		f := at()
-		return own.Dial(ctx, f.endpoint.Addr().String(), f.id, tunnel.DialOptions{MaxOutage: outage})
+		return own.Dial(ctx, f.endpoint.Addr().String(), f.id, o)
 	}
 	log := slog.New(slog.DiscardHandler)
 	return &Engine{Config: Config{Host: hypervisor.New(filepath.Join(t.TempDir(), "no-libvirtd"), log), Dial: dial, Log: log}, lines: map[string]*line{}}

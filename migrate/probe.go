@@ -18,7 +18,7 @@ type Probe struct {
 // the round trip.
 func (e *Engine) Probe(ctx context.Context, site string) (Probe, error) {
 	var p Probe
-	session, err := e.Dial(ctx, site, lineOutage)
+	session, err := e.Dial(ctx, site, asks)
 	if err != nil {
 		return p, err
 	}

@@ -165,8 +165,10 @@ func (r *rates) apply(now time.Time) {
 		s.allowed = g.rate
 		s.session.SetRate(g.rate)
 		s.session.SetPolite(l.Auto && !claims[i].stopped && !s.full())
-		s.move.update(func(st *Status) {
-			st.Link.Limit, st.Link.Allowed, st.Link.LimitedBy = l, g.rate, g.by
-		})
+		if now := s.move.Status().Link; now.Limit != l || now.Allowed != g.rate || now.LimitedBy != g.by {
+			s.move.update(func(st *Status) {
+				st.Link.Limit, st.Link.Allowed, st.Link.LimitedBy = l, g.rate, g.by
+			})
+		}
 	}
 }

@@ -196,7 +196,7 @@ func (m *Move) doubt(why string) {
 func (e *Engine) askOnce(ctx context.Context, entry handoff.Entry) (answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
-	session, err := e.Dial(ctx, entry.Site, lineOutage)
+	session, err := e.Dial(ctx, entry.Site, asks)
 	if err != nil {
 		return answer{}, err
 	}

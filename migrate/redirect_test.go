@@ -69,7 +69,7 @@ func TestUndoOfWhatDoesNotEnd(t *testing.T) {
 func TestRedirectByNameFails(t *testing.T) {
 	f := newFar(t)
 	e := caller(t, func() *far { return f })
-	session, err := e.Dial(t.Context(), "there", lineOutage)
+	session, err := e.Dial(t.Context(), "there", asks)
 	if err != nil {
 		t.Fatal(err)
 	}

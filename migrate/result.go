@@ -97,6 +97,7 @@ func (s *source) summarise(err error) {
 		if s.kept.Bytes > 0 && st.Phase == PhaseRolledBack {
 			r.Kept = &s.kept
 		}
+		r.Unconfirmed = st.Phase == PhaseRolledBack && s.listening && !s.aborted
 		if st.Phase == PhaseDone {
 			r.Verified = s.verified
 			r.Redirected = redirected

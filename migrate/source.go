@@ -112,7 +112,11 @@ func (s *source) checkThere(ctx context.Context) ([]Finding, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	var err error
-	if s.session, err = s.Dial(ctx, s.req.To, s.req.MaxOutage); err != nil {
+	o := tunnel.DialOptions{MaxOutage: s.req.MaxOutage}
+	if s.req.DryRun {
+		o = asks
+	}
+	if s.session, err = s.Dial(ctx, s.req.To, o); err != nil {
 		return nil, err
 	}
 	s.meter.session = s.session

@@ -189,8 +189,11 @@ type Result struct {
 	Reduction *Reduction `json:"reduction,omitempty"`
 	Verified  *Verified  `json:"verified,omitempty"` // of a move with --verify
 	Kept      *Kept      `json:"kept,omitempty"`     // of a move that did not end
-	Notices   []string   `json:"notices,omitempty"`
-	Findings  []Finding  `json:"findings,omitempty"`
+	// Unconfirmed tells that the destination has not said that it has cleaned up: it
+	// does so when it is told, or after the longest outage.
+	Unconfirmed bool      `json:"unconfirmed,omitempty"`
+	Notices     []string  `json:"notices,omitempty"`
+	Findings    []Finding `json:"findings,omitempty"`
 	// Redirect tells what a redirect would change, of a move that was only checked.
 	Redirect *RedirectPlan `json:"redirect,omitempty"`
 	// Redirected tells how connections go on after the move; nil where they do not.

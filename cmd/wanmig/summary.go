@@ -57,7 +57,7 @@ func summary(r migrate.Result) string {
 	case "done":
 		fmt.Fprintf(&b, "%s runs at %s.\n", vm, to)
 	case "rolled-back":
-		fmt.Fprintf(&b, "%s was not moved: it runs at the source%s.\n", vm, leftAt(to, r.Kept))
+		fmt.Fprintf(&b, "%s was not moved: it runs at the source%s.\n", vm, leftAt(to, r))
 	case "refused":
 		fmt.Fprintf(&b, "%s can't be moved to %s as asked; nothing was touched.\n", vm, to)
 	case "checked":
@@ -145,8 +145,12 @@ func reducedDisks(r *migrate.Reduction) string {
 }
 
 // leftAt tells what is left at the destination of a move that did not end.
-func leftAt(to string, k *migrate.Kept) string {
-	if k == nil {
+func leftAt(to string, r migrate.Result) string {
+	k := r.Kept
+	switch {
+	case r.Unconfirmed:
+		return fmt.Sprintf(". %s was not reached: it removes what it has of the VM when it is, or after the longest outage", to)
+	case k == nil:
 		return ", and nothing is left at " + to
 	}
 	return fmt.Sprintf(". %s of its disks have arrived and are kept at %s until %s; the next attempt starts from them, or with --fresh from nothing",
