@@ -75,7 +75,8 @@ func TestTwoAgentsCheckEachOther(t *testing.T) {
 		t.Fatal(err)
 	}
 	check, err = north.CheckSite(t.Context(), "south")
-	if err != nil || !check.Reachable || check.PeerSite != "south" || check.RTTMS <= 0 {
+	if err != nil || !check.Reachable || check.PeerSite != "south" || check.RTTMS <= 0 ||
+		len(check.Carriers) != 2 || check.Carriers[0].Rate < 1<<20 || check.Carriers[1].Transport != "tcp" || check.Carriers[1].RTTMS <= 0 {
 		t.Errorf("the peer is found as %+v, %v", check, err)
 	}
 	if problems := len(check.Findings); problems != 2 {

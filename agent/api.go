@@ -61,15 +61,17 @@ type Cut struct {
 
 // SiteCheck is what `wanmig site check` found.
 type SiteCheck struct {
-	Site          string            `json:"site"`
-	Address       string            `json:"address"`
-	Reachable     bool              `json:"reachable"`
-	ID            string            `json:"id"`
-	PeerSite      string            `json:"peer_site,omitempty"` // what the peer calls itself
-	Version       string            `json:"version,omitempty"`
-	Libvirt       string            `json:"libvirt,omitempty"`
-	QEMU          string            `json:"qemu,omitempty"`
-	RTTMS         float64           `json:"rtt_ms,omitempty"`
-	ClockOffsetMS float64           `json:"clock_offset_ms,omitempty"` // the peer's clock minus ours
-	Findings      []migrate.Finding `json:"findings,omitempty"`
+	Site          string  `json:"site"`
+	Address       string  `json:"address"`
+	Reachable     bool    `json:"reachable"`
+	ID            string  `json:"id"`
+	PeerSite      string  `json:"peer_site,omitempty"` // what the peer calls itself
+	Version       string  `json:"version,omitempty"`
+	Libvirt       string  `json:"libvirt,omitempty"`
+	QEMU          string  `json:"qemu,omitempty"`
+	RTTMS         float64 `json:"rtt_ms,omitempty"`
+	ClockOffsetMS float64 `json:"clock_offset_ms,omitempty"` // the peer's clock minus ours
+	// Carriers tells what each transport that the site may use gives.
+	Carriers []migrate.CarrierProbe `json:"carriers,omitempty"`
+	Findings []migrate.Finding      `json:"findings,omitempty"`
 }

@@ -118,10 +118,15 @@ func (a *agent) checkSite(w http.ResponseWriter, r *http.Request) {
 		fail(w, statusOf(err), err)
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(r.Context(), 45*time.Second)
 	defer cancel()
 	c := SiteCheck{Site: site.Name, Address: site.Address, ID: site.ID}
-	probe, err := a.engine.Probe(ctx, site.Name)
+	transports := []tunnel.Transport{tunnel.QUIC, tunnel.TCP}
+	if t := site.transport(); t != tunnel.Auto {
+		transports = []tunnel.Transport{t}
+	}
+	probe, err := a.engine.Probe(ctx, site.Name, transports)
+	c.Carriers = probe.Carriers
 	if err != nil {
 		c.Findings = append(c.Findings, migrate.Finding{Check: "reachable", Problem: err.Error(), Remedy: reachRemedy(err), Fatal: true})
 		reply(w, http.StatusOK, c)

@@ -76,6 +76,8 @@ func (e *Engine) converse(ctx context.Context, session *tunnel.Session, ctl *con
 			if err == nil {
 				err = ctl.send(ctx, kindChecked, e.answerCheck(ctx, session, ask))
 			}
+		case kindMeasure:
+			err = ctl.answerMeasure(ctx, session)
 		case kindRedirect:
 			err = e.inquire(ctx, session, ctl, body)
 		case kindQuery:

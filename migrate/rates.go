@@ -74,6 +74,15 @@ func newRates(caps func(string, time.Time) Cap) *rates {
 	return &rates{caps: caps, senders: map[*sender]bool{}, reached: map[string]*reach{}}
 }
 
+// most is the lower of the caps of a site and of all, in bytes per second; 0: none.
+func (r *rates) most(site string, now time.Time) int64 {
+	least := r.caps("", now).Rate
+	if c := r.caps(site, now).Rate; c > 0 && (least == 0 || c < least) {
+		least = c
+	}
+	return least.Bytes()
+}
+
 // join lets a move send; leave ends that.
 func (r *rates) join(s *sender) (leave func()) {
 	r.mu.Lock()

@@ -37,6 +37,9 @@ const (
 
 	kindRedirect   = 16 // source: an operation on a move's redirect, during the move or in a session later
 	kindRedirected = 17 // destination: what came of it
+
+	kindMeasure  = 18 // prober: opens a channel and sends as fast as it goes, until it ends the channel
+	kindMeasured = 19 // destination: how much came, and how fast
 )
 
 const (

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/wanmig/wanmig/agent"
+	"github.com/wanmig/wanmig/rate"
 )
 
 func newSiteCommand(client newClient) *cobra.Command {
@@ -93,9 +94,10 @@ func newSiteCheck(client newClient) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "check NAME",
-		Short: "Try a site: reachable, identity, versions, round trip, clock",
-		Long: `Try a site: reachable, identity, versions, round trip, clock. Exits with 1 when
-the site can't be used as it is.`,
+		Short: "Try a site: reachable, identity, versions, round trip, rates, clock",
+		Long: `Try a site: reachable, identity, versions, round trip, clock, and what QUIC and
+TCP carry there, each for a second, within the rates of agent.yaml. Exits with 1
+when the site can't be used as it is.`,
 		Args: need("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			check, err := client().CheckSite(cmd.Context(), args[0])
@@ -143,6 +145,13 @@ func writeSiteCheck(w io.Writer, c agent.SiteCheck) {
 		row("libvirt", c.Libvirt)
 		row("QEMU", c.QEMU)
 		row("round trip", millis(c.RTTMS))
+		for _, t := range c.Carriers {
+			if t.Problem != "" {
+				row(t.Transport, "does not work")
+			} else {
+				row(t.Transport, fmt.Sprintf("%s to there, RTT %s", round(rate.Rate(8*t.Rate)), millis(t.RTTMS)))
+			}
+		}
 		switch {
 		case c.ClockOffsetMS > 0:
 			row("clock", millis(c.ClockOffsetMS)+" ahead of ours")
