@@ -15,7 +15,7 @@ import (
 func TestRates(t *testing.T) {
 	t.Parallel()
 	const mbit = 1e6 / 8
-	w := newWorldWith(t, lab.Options{AgentConfig: map[string]string{lab.LocalDC: "rates: [{site: remote-dc, rate: 80mbit}]\n"}}, "400mbit", "20ms")
+	w := newWorldWith(t, lab.Options{AgentConfig: map[string]string{lab.LocalDC: "rates: [{site: remote-dc, rate: 40mbit}]\n"}}, "400mbit", "20ms")
 	var guests []*lab.VM
 	for _, name := range []string{"first", "second"} {
 		guests = append(guests, w.vm(lab.VMOptions{Name: name, Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "192MiB")}, WorkingSet: 16 << 20}))
@@ -44,15 +44,15 @@ func TestRates(t *testing.T) {
 		w.await(lab.LocalDC, m, "data on the link", sending)
 	}
 	got := during(first, second)
-	if sum := got[0] + got[1]; sum > 84 || sum < 60 || got[0] < 2.5*got[1] {
-		t.Errorf("under 80 Mbit/s moves of high and low priority sent %.1f and %.1f Mbit/s", got[0], got[1])
+	if sum := got[0] + got[1]; sum > 42 || sum < 28 || got[0] < 2.5*got[1] {
+		t.Errorf("under 40 Mbit/s moves of high and low priority sent %.1f and %.1f Mbit/s", got[0], got[1])
 	}
 	w.wanmig(lab.LocalDC, "cancel", second)
-	w.wanmig(lab.LocalDC, "limit", "first", "20mbit")
-	if got := during(first); got[0] > 21 || got[0] < 12 {
-		t.Errorf("at most 20 Mbit/s were allowed, %.1f were sent", got[0])
+	w.wanmig(lab.LocalDC, "limit", "first", "10mbit")
+	if got := during(first); got[0] > 10.5 || got[0] < 6 {
+		t.Errorf("at most 10 Mbit/s were allowed, %.1f were sent", got[0])
 	}
-	if l := w.status(lab.LocalDC, first).Link; l.Limit.String() != "20mbit" || l.Allowed != 20*mbit || len(l.Carriers) == 0 {
+	if l := w.status(lab.LocalDC, first).Link; l.Limit.String() != "10mbit" || l.Allowed != 10*mbit || len(l.Carriers) == 0 {
 		t.Errorf("the status of the link is %+v", l)
 	}
 	w.wanmig(lab.LocalDC, "limit", first, "none")
