@@ -41,6 +41,7 @@ type load interface {
 	bulk(ctx context.Context, frame []byte) error // waits until there is room
 	probe(ctx context.Context, frame []byte) error
 	answer(ctx context.Context) ([]byte, error)
+	carriers() string
 	close() error
 }
 
@@ -56,6 +57,7 @@ type sample struct {
 	Probes   []time.Duration `json:"probes"`   // round trips of control frames
 	Received uint64          `json:"received"` // bytes of bulk that the server has, of all time
 	CPU      time.Duration   `json:"cpu"`      // of both processes, of all time
+	Carriers string          `json:"carriers"` // what carries it now
 }
 
 // serve takes what one sender sends: KIND ADDRESS FOLDER PROFILE.
@@ -130,7 +132,9 @@ func send(args []string) error {
 			case "bulk":
 				run(func() error { return fill(ctx, l) })
 			case "sample":
-				if err := json.NewEncoder(os.Stdout).Encode(m.sample()); err != nil {
+				x := m.sample()
+				x.Carriers = l.carriers()
+				if err := json.NewEncoder(os.Stdout).Encode(x); err != nil {
 					return err
 				}
 			default:

@@ -22,8 +22,11 @@ import (
 
 // What carries a load.
 const (
-	session   = "session"
-	plainQUIC = "plain-quic" // one connection of quic-go with two streams, as it comes
+	plainQUIC     = "plain-quic" // one connection of quic-go with two streams, as it comes
+	session       = "session"
+	sessionQUIC   = "session-quic"   // over QUIC alone
+	sessionTCP    = "session-tcp"    // over TLS and TCP alone
+	sessionPolite = "session-polite" // leaves room to others
 )
 
 // listen waits for one sender.
@@ -42,7 +45,7 @@ func dial(ctx context.Context, kind, addr, shared string) (load, error) {
 	if kind == plainQUIC {
 		return dialQUIC(ctx, addr)
 	}
-	return dialSession(ctx, addr, shared, tunnel.ID(server))
+	return dialSession(ctx, kind, addr, shared, tunnel.ID(server))
 }
 
 // announce says who the server is, once it listens.
@@ -126,15 +129,17 @@ func listenSession(ctx context.Context, addr, shared string) (peer, error) {
 	return sessionPeer{c}, nil
 }
 
-func dialSession(ctx context.Context, addr, shared string, server tunnel.ID) (load, error) {
+func dialSession(ctx context.Context, kind, addr, shared string, server tunnel.ID) (load, error) {
 	e, _, err := endpoint(":0", filepath.Join(shared, "sender-identity"))
 	if err != nil {
 		return nil, err
 	}
 	c := &channels{endpoint: e}
-	if c.session, err = e.Dial(ctx, addr, server); err != nil {
+	transports := map[string]tunnel.Transport{sessionQUIC: tunnel.QUIC, sessionTCP: tunnel.TCP} // of others Auto
+	if c.session, err = e.Dial(ctx, addr, server, tunnel.DialOptions{Transport: transports[kind]}); err != nil {
 		return nil, err
 	}
+	c.session.SetPolite(kind == sessionPolite)
 	if c.bulkCh, err = c.session.Open(ctx, bulkChannel, tunnel.Disk); err != nil {
 		return nil, err
 	}
@@ -155,6 +160,14 @@ func (l sessionLoad) probe(ctx context.Context, frame []byte) error {
 func (l sessionLoad) answer(ctx context.Context) (frame []byte, err error) {
 	l.probesBuf, err = l.control.Recv(ctx, l.probesBuf)
 	return l.probesBuf, err
+}
+
+func (l sessionLoad) carriers() string {
+	count := map[tunnel.Transport]int{}
+	for _, c := range l.session.Link().Carriers {
+		count[c.Transport]++
+	}
+	return fmt.Sprintf("%d QUIC, %d TCP", count[tunnel.QUIC], count[tunnel.TCP])
 }
 
 func (l sessionLoad) close() error { return l.endpoint.Close() }
@@ -266,6 +279,8 @@ func (l plainLoad) answer(context.Context) ([]byte, error) {
 	_, err := io.ReadFull(l.control, frame)
 	return frame, err
 }
+
+func (l plainLoad) carriers() string { return "1 QUIC" }
 
 func (l plainLoad) close() error { return l.conn.CloseWithError(0, "") }
 

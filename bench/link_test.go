@@ -41,15 +41,17 @@ type row struct {
 	control quantiles // round trips of the control frames beside the load
 	path    quantiles // and of echo requests, as another user would see the link
 	idle    time.Duration
+
+	carriers string
 }
 
 func (r row) use() float64 { return r.wire / linkRate }
 
-const rowHead = "%-20s %-12s %10s %8s %8s %20s %8s %20s %8s\n"
+const rowHead = "%-18s %-12s %8s %8s %7s %20s %8s %20s %8s  %s\n"
 
 func printHead(idle time.Duration) {
 	fmt.Printf("\n200 Mbit/s, %v round trip when idle\n", idle.Round(100*time.Microsecond))
-	fmt.Printf(rowHead, "link", "", "Mbit/s", "of link", "sent", "control median/95th", "of idle", "path median/95th", "of idle")
+	fmt.Printf(rowHead, "link", "", "Mbit/s", "of link", "sent", "control median/95th", "of idle", "path median/95th", "of idle", "carriers")
 }
 
 func (r row) print(condition string) {
@@ -60,7 +62,7 @@ func (r row) print(condition string) {
 		return fmt.Sprintf("x%.2f", float64(d)/float64(r.idle))
 	}
 	fmt.Printf(rowHead, condition, r.what, fmt.Sprintf("%.1f", r.payload/1e6), fmt.Sprintf("%.1f%%", 100*r.use()),
-		fmt.Sprintf("x%.3f", r.wire/r.payload), r.control, times(r.control.p95), r.path, times(r.path.p95))
+		fmt.Sprintf("x%.3f", r.wire/r.payload), r.control, times(r.control.p95), r.path, times(r.path.p95), r.carriers)
 }
 
 // TestLink measures on the lab's link what one TCP connection, one plain
@@ -107,7 +109,7 @@ func kindsOn(c condition) []string {
 	if len(c.block) > 0 {
 		return []string{session}
 	}
-	return []string{plainQUIC, session}
+	return []string{plainQUIC, session, sessionQUIC, sessionTCP}
 }
 
 func (b *bench) remote() string { return b.Sites[lab.RemoteDC].WANAddr.Addr().String() }
@@ -134,6 +136,7 @@ func (b *bench) measure(kind string) row {
 	s.stop()
 	r.payload = float64(after.Received-before.Received) * 8 / took.Seconds()
 	r.control = newQuantiles(after.Probes)
+	r.carriers = after.Carriers
 	return r
 }
 

@@ -19,7 +19,7 @@ func TestThroughput(t *testing.T) {
 	fmt.Printf("\nno emulation, two network namespaces:\n%-12s %-12s %10s %14s\n", "throughput", "", "Gbit/s", "CPU s per GB")
 	f := b.iperf("cubic", lab.Users, addr, 2*time.Second, *window)
 	fmt.Printf("%-12s %-12s %10.2f %14s\n", "throughput", "tcp-cubic", f.end()/1e9, "-")
-	for _, kind := range []string{plainQUIC, session} {
+	for _, kind := range []string{plainQUIC, session, sessionQUIC, sessionTCP} {
 		s := b.ends(kind, lab.Users, addr+":7946")
 		s.bulk()
 		time.Sleep(2 * time.Second)
