@@ -31,6 +31,7 @@ const (
 type Config struct {
 	Site    string       `yaml:"site"`    // this site's name, as peers may show it
 	Listen  string       `yaml:"listen"`  // host:port for peers, UDP and TCP
+	Qlog    string       `yaml:"qlog"`    // folder for what QUIC connections do; empty: none
 	API     string       `yaml:"api"`     // unix socket for the command
 	State   string       `yaml:"state"`   // folder: identity, sites, journal
 	Libvirt string       `yaml:"libvirt"` // libvirtd's unix socket

@@ -175,7 +175,7 @@ func (c *simConn) kill() {
 	c.mu.Unlock()
 	if !already {
 		c.line.alive.Go(func() {
-			time.Sleep(c.line.delay)
+			time.Sleep(c.line.delay + time.Millisecond) // behind what it has sent
 			if !c.line.isCut() {
 				c.peer.mu.Lock()
 				c.peer.closed = true
