@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/quic-go/quic-go"
 )
@@ -194,6 +195,9 @@ func TestCrowdOfDialersIsBounded(t *testing.T) {
 		go b.Accept(testContext(t))
 		if _, err := a.Dial(testContext(t), b.Addr().String(), idB.ID(), DialOptions{Transport: QUIC}); !errors.Is(err, test.want) {
 			t.Errorf("beside %d handshakes: %v", test.handshakes, err)
+		}
+		for b.handshakes.Load() > test.handshakes { // until the listener has the session
+			time.Sleep(time.Millisecond)
 		}
 		b.handshakes.Add(-test.handshakes)
 	}
