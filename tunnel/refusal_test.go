@@ -193,10 +193,14 @@ func TestCrowdOfDialersIsBounded(t *testing.T) {
 			t.Errorf("beside %d handshakes: addresses are verified: %v", test.handshakes, retry)
 		}
 		go b.Accept(testContext(t))
-		if _, err := a.Dial(testContext(t), b.Addr().String(), idB.ID(), DialOptions{Transport: QUIC}); !errors.Is(err, test.want) {
+		s, err := a.Dial(testContext(t), b.Addr().String(), idB.ID(), DialOptions{Transport: QUIC})
+		if !errors.Is(err, test.want) {
 			t.Errorf("beside %d handshakes: %v", test.handshakes, err)
 		}
-		for b.handshakes.Load() > test.handshakes { // until the listener has the session
+		if err == nil {
+			s.Close("its further carriers are dialers too")
+		}
+		for b.handshakes.Load() > test.handshakes {
 			time.Sleep(time.Millisecond)
 		}
 		b.handshakes.Add(-test.handshakes)
