@@ -87,7 +87,7 @@ func held(m migrate.Memory) string { return unless(!m.Held, "held for disks") }
 func roundTrip(l migrate.Link) string { return unless(l.RTTMS == 0, "RTT "+millis(l.RTTMS)) }
 
 func left(m migrate.Status) string {
-	return unless(m.ETAMS == 0 || m.Link.LostSince != nil, "about "+clock(time.Duration(m.ETAMS)*time.Millisecond)+" left")
+	return unless(m.ETAMS == 0 || m.Link.LostSince != nil || m.Phase.Final(), "about "+clock(time.Duration(m.ETAMS)*time.Millisecond)+" left")
 }
 
 func unless(absent bool, fact string) string {
