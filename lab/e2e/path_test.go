@@ -121,9 +121,10 @@ func (w *world) resetCarrier(site string) {
 			w.t.Fatal("the session has no carrier over TCP")
 		}
 	}
+	// Resets themselves pass, or each side's rule would stop the other's.
 	rules := fmt.Sprintf(`table inet e2e-reset {
-	chain out { type filter hook output priority 0; tcp sport %s tcp dport 7946 counter reject with tcp reset; }
-	chain in { type filter hook input priority 0; tcp sport 7946 tcp dport %s counter reject with tcp reset; }
+	chain out { type filter hook output priority 0; tcp sport %s tcp dport 7946 tcp flags & rst == 0 reject with tcp reset; }
+	chain in { type filter hook input priority 0; tcp sport 7946 tcp dport %s tcp flags & rst == 0 reject with tcp reset; }
 }`, port, port)
 	if _, complaint, status := w.run(site, "sh", "-c", `echo "$0" | nft -f -`, rules); status != 0 {
 		w.t.Fatal(complaint)
