@@ -21,7 +21,7 @@ func TestMain(m *testing.M) {
 func TestBadInputIsOneLine(t *testing.T) {
 	dir := t.TempDir()
 	for _, c := range []struct{ args, want string }{
-		{"up --rate fast", `bad rate "fast": want a number and a unit from 1kbit to 1000gbit, such as 100mbit or 1gbit, or unlimited`},
+		{"up --rate fast", `bad rate "fast": want a number and a unit from 1kbit to 1000gbit, such as 400mbit or 50MB/s, or unlimited`},
 		{"up --rtt 50", `bad rtt "50": want a duration from 0s to 1m0s, such as 50ms`},
 		{"up --loss 0.1", `bad loss "0.1": want a percentage from 0% to below 100%, such as 0.1%`},
 		{"up --queue much", `bad size "much": want a number and a unit, such as 64KiB or 1MB`},
