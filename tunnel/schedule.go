@@ -272,6 +272,11 @@ func (b *bucket) rate() float64 {
 	return rate
 }
 
+// limited tells whether it is the user's rate that holds frames back.
+func (b *bucket) limited() bool {
+	return b.limit > 0 && (b.governor == 0 || b.rate() < b.governor)
+}
+
 // ready says whether a frame may go now. If not, wake is called when one may.
 func (b *bucket) ready() bool {
 	rate := b.rate()

@@ -56,7 +56,9 @@ func (s *Session) steer(now time.Time) {
 		s.starved = false
 		return
 	}
-	stripes.busy, stripes.capped, stripes.rtt = !s.starved, s.capped, sample.rtt
+	stripes.busy, stripes.rtt = !s.starved, sample.rtt
+	// The bucket is empty also when the governor follows carriers that fill less than the link.
+	stripes.capped = s.capped && s.bucket.limited() || s.steering.governor.full()
 	stripes.quic.delivered, stripes.tcp.delivered = s.brought[QUIC], s.brought[TCP]
 	stripes.quic.failed = s.transport == TCP || now.Sub(s.steering.failed[QUIC]) < failedFor
 	stripes.tcp.failed = s.transport == QUIC || now.Sub(s.steering.failed[TCP]) < failedFor
@@ -96,36 +98,4 @@ func (s *Session) retire(t Transport) {
 			return
 		}
 	}
-}
-
-// interim
-type striping struct{}
-type stripeSample struct {
-	quic, tcp    kindSample
-	busy, capped bool
-	rtt          time.Duration
-}
-type kindSample struct {
-	carriers  int
-	delivered uint64
-	failed    bool
-}
-type stripeAction uint8
-
-const (
-	stripeNothing stripeAction = iota
-	addQUIC
-	addTCP
-	dropQUIC
-	dropTCP
-)
-
-func (*striping) observe(now time.Duration, x stripeSample) stripeAction {
-	switch {
-	case !x.tcp.failed && x.tcp.carriers < 4:
-		return addTCP
-	case x.tcp.failed && !x.quic.failed && x.quic.carriers < 8:
-		return addQUIC
-	}
-	return stripeNothing
 }
