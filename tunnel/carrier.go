@@ -76,10 +76,14 @@ func (s *Session) carry(conn conn, number uint32) error {
 	if departed || settled || slices.ContainsFunc(s.carriers, func(c *carrier) bool { return c.number == number }) {
 		return fmt.Errorf("%w: a second carrier %d", ErrFormat, number)
 	}
-	if len(s.carriers) > Carriers {
-		return errTooMany
-	}
 	now := time.Now()
+	if len(s.carriers) > Carriers {
+		dead := s.dead(now)
+		if dead == nil {
+			return errTooMany
+		}
+		s.depart(dead, errors.New("another one takes its place"))
+	}
 	c := &carrier{
 		session: s, number: number, conn: conn,
 		woken: make(chan struct{}, 1), written: make(chan struct{}),
@@ -93,6 +97,23 @@ func (s *Session) carry(conn conn, number uint32) error {
 	s.running.Go(c.read)
 	s.wakeAll()
 	return nil
+}
+
+// dead returns the carrier that has been silent for longest, when it may be given
+// up: after a link was away, all that there are may be of before.
+func (s *Session) dead(now time.Time) *carrier {
+	quietest := slices.MinFunc(s.carriers, func(a, b *carrier) int { return a.heard.Compare(b.heard) })
+	if now.Sub(quietest.heard) < silence {
+		return nil
+	}
+	return quietest
+}
+
+// crowded says whether a carrier that comes now is refused.
+func (s *Session) crowded() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.carriers) > Carriers && s.dead(time.Now()) == nil
 }
 
 // reserve chooses the carrier that control frames have for themselves, when there
@@ -280,7 +301,8 @@ func (s *Session) acknowledge(c *carrier, count uint64) error {
 	}
 	clear(c.book[:n])
 	c.book = c.book[n:]
-	if s.stalled() {
+	if s.stalled {
+		s.stalled = false
 		s.wakeAll()
 	}
 	return nil
@@ -307,6 +329,10 @@ func (s *Session) postWire(wire []byte) {
 	s.urgent = append(s.urgent, &segment{wire: wire})
 	s.small++
 	s.wake(Control)
+	if s.small > unheard {
+		reason := fmt.Sprintf("the peer has not acknowledged %d frames", s.small)
+		s.end(fmt.Errorf("%w here: %w: %s", ErrClosed, ErrFormat, reason), closeFormat, reason)
+	}
 }
 
 // receive takes in a frame.
@@ -446,7 +472,7 @@ func (s *Session) receiveWord(f frame) error {
 			s.wakeAll()
 		}
 	case kindReset:
-		c.in.sealed = true
+		c.in.sealed, c.in.reset = true, true
 		s.stop(c, resetClosed, cause)
 		if c.name == "" { // nobody will ever accept it
 			s.reset(c, resetClosed, ErrClosed)

@@ -136,7 +136,7 @@ func TestConnCarriesBothWays(t *testing.T) {
 					t.Fatal(err)
 				}
 				out, in := way.from.stats(), way.to.stats()
-				most := uint64(len(want)) * 5 / 4
+				most := uint64(len(want))*2 - 1 // QUIC sends some again where the other side had no CPU time
 				if out.sent < uint64(len(want)) || out.sent > most || in.received < uint64(len(want)) || in.received > most {
 					t.Errorf("%d bytes count as %d sent and %d received", len(want), out.sent, in.received)
 				}

@@ -42,7 +42,7 @@ func (e *Endpoint) open(ctx context.Context, addr string, peer ID, o DialOptions
 	if o.MaxOutage == 0 {
 		o.MaxOutage = DefaultOutage
 	}
-	first, t, err := e.connect(ctx, addr, peer, o.Transport, hello{outage: o.MaxOutage})
+	first, t, err := e.connect(ctx, addr, peer, o.Transport, hello{outage: o.MaxOutage, transport: o.Transport})
 	if err != nil {
 		return nil, err
 	}
@@ -53,7 +53,7 @@ func (e *Endpoint) open(ctx context.Context, addr string, peer ID, o DialOptions
 		outage:    o.MaxOutage,
 		transport: o.Transport,
 		redial: func(ctx context.Context, transport Transport, number uint32) (conn, error) {
-			c, _, err := e.connect(ctx, addr, peer, transport, hello{token: t, carrier: number, outage: o.MaxOutage})
+			c, _, err := e.connect(ctx, addr, peer, transport, hello{token: t, carrier: number, outage: o.MaxOutage, transport: o.Transport})
 			return c, err
 		},
 	}, first, 0)

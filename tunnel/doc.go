@@ -52,7 +52,8 @@
 //	19      4     number of the carrier
 //	23      4     seconds that the session may be without a link
 //	27      2     port at which the dialer listens
-//	29            bytes of later versions; ignored
+//	29      1     what all its carriers are restricted to: 0 nothing, 1 QUIC, 2 TCP
+//	30            bytes of later versions; ignored
 //
 //	0       1     version: 1
 //	1       2     length of the rest, at most 1024

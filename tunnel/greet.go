@@ -13,7 +13,7 @@ const sessionProtocol = "wanmig/2" // ALPN of a session's carriers
 
 const (
 	greetHead  = 3 // version and length
-	helloSize  = len(token{}) + 4 + 4 + 2
+	helloSize  = len(token{}) + 4 + 4 + 2 + 1
 	answerSize = 1 + len(token{})
 
 	// confirmation is the byte by which a dialer takes what it was answered.
@@ -27,6 +27,8 @@ type hello struct {
 	carrier uint32        // its number in the session
 	outage  time.Duration // how long a new session may be without carriers, in whole seconds
 	port    uint16        // at which the dialer listens itself
+	// transport is what all carriers of a new session are restricted to, or Auto.
+	transport Transport
 }
 
 func (h hello) append(b []byte) []byte {
@@ -34,7 +36,8 @@ func (h hello) append(b []byte) []byte {
 	b = append(b, h.token[:]...)
 	b = binary.BigEndian.AppendUint32(b, h.carrier)
 	b = binary.BigEndian.AppendUint32(b, uint32(min(h.outage/time.Second, math.MaxUint32)))
-	return binary.BigEndian.AppendUint16(b, h.port)
+	b = binary.BigEndian.AppendUint16(b, h.port)
+	return append(b, byte(h.transport))
 }
 
 // readHello reads a hello and not a byte more.
@@ -48,6 +51,9 @@ func readHello(r io.Reader) (hello, error) {
 	h.carrier = binary.BigEndian.Uint32(b)
 	h.outage = time.Duration(binary.BigEndian.Uint32(b[4:])) * time.Second
 	h.port = binary.BigEndian.Uint16(b[8:])
+	if h.transport = Transport(b[10]); h.transport > TCP {
+		return hello{}, fmt.Errorf("%w: a session over unknown transport %d", ErrFormat, b[10])
+	}
 	return h, nil
 }
 

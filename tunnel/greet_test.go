@@ -12,7 +12,7 @@ var someToken = token{1, 2, 3, 15: 16}
 
 var hellos = []hello{
 	{},
-	{token: someToken, carrier: 7, outage: 10 * time.Minute, port: 7421},
+	{token: someToken, carrier: 7, outage: 10 * time.Minute, port: 7421, transport: TCP},
 	{token: token{15: 255}, carrier: 1<<32 - 1, outage: (1<<32 - 1) * time.Second, port: 65535},
 }
 
@@ -72,8 +72,10 @@ func TestGreetingsOfWrongFormat(t *testing.T) {
 	old[0] = 0
 	short := hellos[1].append(nil)
 	short[2]--
+	strange := hello{transport: TCP + 1}.append(nil)
 	for name, b := range map[string][]byte{
 		"version 0": old,
+		"transport": strange,
 		"too short": short,
 		"too long":  later(hellos[1].append(nil), maxGreeting-helloSize+1),
 		"TLS":       {22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3},

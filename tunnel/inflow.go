@@ -15,6 +15,7 @@ type inflow struct {
 	waiting int              // bytes in ahead
 	last    uint64           // where the direction ends, when sealed
 	sealed  bool             // last is known
+	reset   bool             // sealed, without a last
 	cause   error            // why the user gets nothing more
 	closed  bool             // the peer was told that no more is wanted
 
@@ -98,6 +99,8 @@ func (in *inflow) check(f frame) error {
 	switch {
 	case f.end() > in.limit:
 		return fmt.Errorf("%w: data up to offset %d, %d was allowed", ErrFormat, f.end(), in.limit)
+	case in.reset:
+		return nil // what was on its way before
 	case in.sealed && (f.end() > in.last || f.flags&flagEnd != 0 && f.end() < in.last):
 		return fmt.Errorf("%w: data up to offset %d of a channel that ends at %d", ErrFormat, f.end(), in.last)
 	case f.offset < in.have && f.end() > in.have:
@@ -109,7 +112,7 @@ func (in *inflow) check(f frame) error {
 // checkOverlap bounds what a peer can have us keep: bytes that do not overlap fit
 // between have and limit.
 func (in *inflow) checkOverlap() error {
-	if uint64(in.waiting) > in.limit-in.have || in.sealed && in.have > in.last {
+	if uint64(in.waiting) > in.limit-in.have || in.sealed && !in.reset && in.have > in.last {
 		return fmt.Errorf("%w: data overlaps behind offset %d", ErrFormat, in.have)
 	}
 	return nil

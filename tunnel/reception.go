@@ -165,6 +165,8 @@ func (e *Endpoint) answer(h hello, peer ID) answer {
 	case h.token != token{}:
 		if s := e.session(h.token); s == nil || s.Peer() != peer {
 			a.status = noSession
+		} else if s.crowded() {
+			a.status = crowded
 		}
 	case len(e.arrivals) == cap(e.arrivals):
 		a.status = busy
@@ -253,9 +255,10 @@ func (e *Endpoint) seat(n newcomer) error {
 		return s.carry(n.conn, n.hello.carrier)
 	}
 	s, err := e.begin(sessionConfig{
-		peer:   n.peer,
-		token:  n.token,
-		outage: min(n.hello.outage, maxOutage),
+		peer:      n.peer,
+		token:     n.token,
+		outage:    min(n.hello.outage, maxOutage),
+		transport: n.hello.transport,
 		redial: func(ctx context.Context, t Transport, number uint32) (conn, error) {
 			return e.dialBack(ctx, n, t, number)
 		},

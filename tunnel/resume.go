@@ -258,7 +258,7 @@ func (s *Session) addCarrier(t Transport) error {
 		return err
 	}
 	if err := s.carry(conn, number); err != nil {
-		conn.close(closeReason, "not needed")
+		conn.close(closeLost, "not needed")
 		return err
 	}
 	return nil

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -25,8 +26,8 @@ func simChannel(t *testing.T, from, to *Session, p Priority) (out, in *Channel) 
 }
 
 // pump sends frames until ctx ends, and counts what arrives.
-func pump(ctx context.Context, out, in *Channel) (got *int, done chan struct{}) {
-	got, done = new(int), make(chan struct{})
+func pump(ctx context.Context, out, in *Channel) (got *atomic.Int64, done chan struct{}) {
+	got, done = new(atomic.Int64), make(chan struct{})
 	go func() {
 		frame := make([]byte, 64<<10)
 		for out.Send(ctx, frame) == nil {
@@ -38,7 +39,7 @@ func pump(ctx context.Context, out, in *Channel) (got *int, done chan struct{}) 
 		var err error
 		for err == nil {
 			if buf, err = in.Recv(ctx, buf); err == nil {
-				*got += len(buf)
+				got.Add(int64(len(buf)))
 			}
 		}
 	}()
@@ -62,10 +63,10 @@ func TestSessionHoldsThroughACut(t *testing.T) {
 			if since := from.Link().LostSince; cut > silence+time.Second && (since.IsZero() || time.Since(since) < cut-time.Second) {
 				t.Errorf("%v into a cut it is lost since %v", cut, since)
 			}
-			before := *got
+			before := got.Load()
 			l.setCut(false)
 			began := time.Now()
-			for *got == before {
+			for got.Load() == before {
 				time.Sleep(10 * time.Millisecond)
 			}
 			if waited := time.Since(began); waited > longestWait+redialTimeout+time.Second {
@@ -78,10 +79,10 @@ func TestSessionHoldsThroughACut(t *testing.T) {
 			cancel()
 			<-done
 			st := from.Stats()
-			if st.BytesResent > uint64(*got)/100 {
-				t.Errorf("%d of %d bytes sent again", st.BytesResent, *got)
+			if st.BytesResent > uint64(got.Load())/100 {
+				t.Errorf("%d of %d bytes sent again", st.BytesResent, got.Load())
 			}
-			t.Logf("cut of %v: back after %v, %d of %d bytes again", cut, time.Since(began)-time.Minute, st.BytesResent, *got)
+			t.Logf("cut of %v: back after %v, %d of %d bytes again", cut, time.Since(began)-time.Minute, st.BytesResent, got.Load())
 		})
 	}
 }
@@ -201,6 +202,112 @@ func TestUnorderedFramesPassEachOther(t *testing.T) {
 		}
 		if err := out.Send(context.Background(), make([]byte, MaxUnordered+1)); !errors.Is(err, ErrFrameTooLarge) {
 			t.Errorf("a large frame: %v", err)
+		}
+	})
+}
+
+// A reset overtakes what was sent before it over other carriers.
+func TestDataBehindAReset(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{rate: 100_000, delay: 50 * time.Millisecond}
+		from, to := sessionsOver(t, l, 5)
+		for _, in := range []bool{false, true} { // resets come from the sender, or from the reader
+			ctx, interrupt := context.WithCancel(context.Background())
+			out, read := simChannel(t, from, to, Disk)
+			sent := make(chan error)
+			go func() {
+				var err error
+				for err == nil {
+					err = out.Send(ctx, make([]byte, 64<<10))
+				}
+				sent <- err
+			}()
+			if _, err := read.Recv(context.Background(), nil); err != nil {
+				t.Fatal(err)
+			}
+			if in {
+				read.Close()
+			} else {
+				interrupt()
+			}
+			if err := <-sent; !errors.Is(err, ErrReset) && !errors.Is(err, context.Canceled) {
+				t.Error(err)
+			}
+			time.Sleep(time.Minute)
+			interrupt()
+			out.Close()
+			read.Close()
+			time.Sleep(time.Minute)
+			if from.Err() != nil || to.Err() != nil {
+				t.Fatal(from.Err(), to.Err())
+			}
+			for _, s := range []*Session{from, to} {
+				s.mu.Lock()
+				if len(s.channels) != 0 || s.flight != 0 || s.segments != 0 || s.small != 0 {
+					t.Errorf("left are %d channels, %d bytes in %d segments, %d frames", len(s.channels), s.flight, s.segments, s.small)
+				}
+				s.mu.Unlock()
+			}
+		}
+	})
+}
+
+// When as many carriers are there as may be and all have died unnoticed, one more
+// takes the place of a dead one.
+func TestResumeInACrowd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{rate: 100_000, delay: 20 * time.Millisecond, forgets: true}
+		from, to := sessionsOver(t, l, Carriers+1)
+		out, in := simChannel(t, from, to, Memory)
+		ctx, cancel := context.WithCancel(context.Background())
+		got, done := pump(ctx, out, in)
+		time.Sleep(10 * time.Second)
+		a, b := l.pair(TCP)
+		if err := to.carry(b, 1000); !errors.Is(err, errTooMany) || !to.crowded() {
+			t.Errorf("one more carrier: %v", err)
+		}
+		a.kill()
+		l.setCut(true)
+		time.Sleep(20 * time.Second)
+		l.setCut(false)
+		before := got.Load()
+		time.Sleep(silence + redialTimeout + longestWait)
+		if got.Load() == before || !from.Link().LostSince.IsZero() {
+			t.Errorf("nothing came, lost since %v", from.Link().LostSince)
+		}
+		cancel()
+		<-done
+	})
+}
+
+// A peer that acknowledges nothing has the session end before it fills the memory.
+func TestPeerThatAcknowledgesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{}
+		from, _ := sessionsOver(t, l, 0)
+		a, b := l.pair(TCP)
+		if err := from.carry(a, 0); err != nil {
+			t.Fatal(err)
+		}
+		go io.Copy(io.Discard, b)
+		header := channelHeader{name: "brief", priority: Disk}.append(nil)
+		var wire []byte
+		for number := uint32(1); number <= 4*unheard; number += 2 {
+			wire = frame{kind: kindData, channel: number, data: header}.append(wire[:0])
+			wire = frame{kind: kindReset, channel: number}.append(wire)
+			wire = frame{kind: kindDone, channel: number}.append(wire)
+			if _, err := b.Write(wire); err != nil {
+				break
+			}
+		}
+		synctest.Wait()
+		if err := from.Err(); !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), "acknowledged") {
+			t.Errorf("it ends with %v", err)
+		}
+		from.mu.Lock()
+		defer from.mu.Unlock()
+		if n := len(from.accepts); n > 2*MaxChannels {
+			t.Errorf("%d channels wait to be accepted", n)
 		}
 	})
 }

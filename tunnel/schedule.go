@@ -143,7 +143,8 @@ func (s *Session) choose(c *carrier) (best *outflow, at int) {
 			case paced:
 				s.capped = true
 				continue
-			case g.wire == nil && (s.flight+g.length > flightBytes || s.segments >= flightLimit):
+			case g.wire == nil && (s.flight+g.length > s.flightMost() || s.segments >= flightLimit):
+				s.stalled = true
 				continue
 			}
 		}
@@ -153,6 +154,16 @@ func (s *Session) choose(c *carrier) (best *outflow, at int) {
 		s.starved = true
 	}
 	return best, at
+}
+
+// flightMost is how many bytes may be on their way, at a rate that the link is known to take.
+// When the link goes away, that is what it loses.
+func (s *Session) flightMost() int {
+	rate := s.bucket.governor
+	if rate == 0 {
+		return flightBytes
+	}
+	return int(min(flightBytes, rate*max(flightTrips*s.steering.governor.minRTT, flightTime).Seconds()))
 }
 
 // echo returns a small control frame that another carrier has taken just now.
@@ -170,14 +181,16 @@ func (s *Session) echo(c *carrier) *segment {
 }
 
 // hedge returns a segment that has been on its way over another carrier for too
-// long: an idle carrier may be faster than what a lost packet costs that one.
+// long: an idle carrier may be faster than what a lost packet costs that one. If it
+// is as quiet itself, the link is away.
 func (s *Session) hedge(c *carrier) *segment {
 	if c == s.reserved || !s.bucket.ready() {
 		return nil
 	}
 	now := time.Now()
 	for _, other := range s.carriers {
-		if other == c || len(other.book) == 0 || now.Sub(other.progress) < other.patience() {
+		quiet := now.Sub(other.progress)
+		if other == c || len(other.book) == 0 || quiet < other.patience() || now.Sub(c.heard) > quiet/2 {
 			continue
 		}
 		for _, g := range other.book[:min(len(other.book), hedgeMost)] {
@@ -190,6 +203,10 @@ func (s *Session) hedge(c *carrier) *segment {
 }
 
 const (
+	// A carrier that has lost a packet keeps what it has for two round trips and more.
+	flightTrips = 6
+	flightTime  = 100 * time.Millisecond
+
 	maxEchoes  = 64
 	hedgeMost  = 64
 	hedgeFloor = 200 * time.Millisecond
@@ -226,11 +243,6 @@ func (s *Session) wakeAll() {
 	for _, c := range s.carriers {
 		signal(c.woken)
 	}
-}
-
-// stalled says that something waits for acknowledgements.
-func (s *Session) stalled() bool {
-	return s.flight > flightBytes-(1<<20) || s.segments > flightLimit-64
 }
 
 // SetRate limits what the session sends, in bytes per second on the wire of all

@@ -77,6 +77,7 @@ type Session struct {
 	small    int        // of urgent, waiting or not acknowledged
 	flight   int        // bytes of data that were taken and are not acknowledged
 	segments int        // and in how many segments
+	stalled  bool       // a frame waits for acknowledgements of others
 	bucket   bucket
 
 	steering  steering
@@ -197,6 +198,7 @@ func (s *Session) remove(c *Channel) {
 	}
 	delete(s.channels, c.id)
 	s.flows = slices.DeleteFunc(s.flows, func(o *outflow) bool { return o == c.out })
+	s.accepts = slices.DeleteFunc(s.accepts, func(other *Channel) bool { return other == c })
 	if s.own(c.id) {
 		s.mine--
 		signal(s.opened)

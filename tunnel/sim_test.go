@@ -227,13 +227,15 @@ func sessionsOver(t *testing.T, l *line, n int) (from, to *Session) {
 		return a, nil
 	}
 	from, to = newSession(dialler), newSession(config)
+	from.mu.Lock()
+	from.link.number = uint32(n)
+	from.mu.Unlock()
 	for i := range n {
 		a, b := l.pair(TCP)
 		if err := errors.Join(from.carry(a, uint32(2*i)), to.carry(b, uint32(2*i))); err != nil {
 			t.Fatal(err)
 		}
 	}
-	from.link.number = uint32(n)
 	t.Cleanup(func() {
 		from.Close("test done")
 		to.Close("test done")
