@@ -24,6 +24,9 @@ const (
 	unheard  = 64 << 10 // frames without data that the peer has not acknowledged
 	// maxNumbers bounds the carriers that a session ever had.
 	maxNumbers = 64 << 10
+	// maxDeparted bounds those of which the peer does not say what they have brought.
+	maxDeparted = 1 << 10
+	maxChannel  = 1 << 31 // number
 )
 
 var (
@@ -129,11 +132,10 @@ func (s *Session) reserve() {
 	if len(s.carriers) < 2 {
 		return
 	}
-	s.reserved = s.carriers[0]
 	for _, c := range s.carriers {
-		if c.conn.transport() == QUIC {
+		quic := c.conn.transport() == QUIC
+		if !c.retiring && (s.reserved == nil || quic && s.reserved.conn.transport() != QUIC) {
 			s.reserved = c
-			return
 		}
 	}
 }
@@ -144,12 +146,12 @@ func (c *carrier) read() {
 	for {
 		f, length, err := readFrameHead(r)
 		if err == nil && f.kind == kindData {
-			b := blocks.Get().(*block)
-			f.data = b[:length]
-			if _, err = io.ReadFull(r, f.data); err == nil {
-				err = c.session.receive(c, f, piece{b, f.data, length})
+			p := newPiece(length)
+			if _, err = io.ReadFull(r, p.data); err == nil {
+				f.data = p.data
+				err = c.session.receive(c, f, p)
 			} else {
-				blocks.Put(b)
+				p.free()
 			}
 		} else if err == nil {
 			err = c.session.receive(c, f, piece{})
@@ -217,6 +219,11 @@ func (s *Session) depart(c *carrier, cause error) {
 	s.link.cause = cause
 	s.carriers = slices.DeleteFunc(s.carriers, func(other *carrier) bool { return other == c })
 	s.departed[c.number] = c
+	if len(s.departed) > maxDeparted {
+		reason := fmt.Sprintf("the peer does not say what %d carriers have brought", maxDeparted)
+		s.end(fmt.Errorf("%w here: %w: %s", ErrClosed, ErrFormat, reason), closeFormat, reason)
+		return
+	}
 	s.reserve()
 	// Of what c had taken, the word on other carriers cannot wait for the peer's on
 	// this one, which may be waiting for it on one of those.
@@ -254,17 +261,16 @@ func (s *Session) gone(number uint32, count uint64) error {
 	urgent := s.urgent
 	s.urgent = nil
 	for _, g := range c.book {
-		if g.users--; g.over {
-			if g.users == 0 {
-				g.free()
-			}
-			continue
-		}
-		if g.out == nil {
+		g.books--
+		g.echoed = false
+		switch {
+		case g.over:
+		case g.out == nil:
 			s.urgent = append(s.urgent, g)
-			continue
+		case g.books == 0 && !g.queued: // nor does another carrier have it
+			g.out.requeue(g)
 		}
-		g.out.requeue(g)
+		g.release()
 	}
 	c.book = nil
 	s.urgent = append(s.urgent, urgent...)
@@ -297,6 +303,7 @@ func (s *Session) acknowledge(c *carrier, count uint64) error {
 			s.brought[c.conn.transport()] += uint64(g.length)
 		}
 		s.settleSegment(g)
+		g.books--
 		g.release()
 	}
 	clear(c.book[:n])
@@ -344,6 +351,7 @@ func (s *Session) receive(c *carrier, f frame, p piece) error {
 		return nil
 	}
 	c.heard = time.Now()
+	s.link.proven = true
 	if f.kind.numbered() {
 		c.received++
 		c.untold += len(f.data)
@@ -410,6 +418,9 @@ func (s *Session) receiveData(f frame, p piece) error {
 	if err := c.in.take(f, p); err != nil {
 		return err
 	}
+	if s.count(c); s.pieces > maxPieces {
+		return fmt.Errorf("%w: more than %d frames to keep", ErrFormat, maxPieces)
+	}
 	s.remove(c)
 	return nil
 }
@@ -436,6 +447,9 @@ func (s *Session) channel(id uint32) (*Channel, error) {
 	}
 	if id < s.nextPeer {
 		return nil, nil
+	}
+	if id > maxChannel {
+		return nil, fmt.Errorf("%w: channel %d is more than %d", ErrFormat, id, maxChannel)
 	}
 	theirs := len(s.channels) - s.mine
 	if n := (id-s.nextPeer)/2 + 1; n > 2*MaxChannels || theirs+int(n) > 2*MaxChannels {
@@ -481,8 +495,10 @@ func (s *Session) receiveWord(f frame) error {
 		if resetCode(f.code) != doneAll && !(c.out.cause != nil) {
 			s.reset(c, resetClosed, cause)
 		}
-		c.out.finished = true
-		s.void(c.out)
+		if !c.out.finished {
+			c.out.finished = true
+			s.void(c.out)
+		}
 	}
 	s.remove(c)
 	return nil

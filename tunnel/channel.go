@@ -53,7 +53,7 @@ func newChannel(s *Session, id uint32, p Priority) *Channel {
 func (c *Channel) Name() string { return c.name }
 
 // Send takes one frame, of at most MaxFrame bytes or, of an unordered channel,
-// MaxUnordered, and returns when all but its last 64 KiB has left. So a peer that
+// MaxUnordered and not empty, and returns when all but its last 64 KiB has left. So a peer that
 // does not receive, a slow link or none makes it wait. The frame may be used again
 // after Send has returned. If ctx ends while the frame is partly sent, the channel
 // cannot be used for sending any more.
@@ -61,6 +61,9 @@ func (c *Channel) Send(ctx context.Context, frame []byte) error {
 	most := MaxFrame
 	if c.out.unordered {
 		most = MaxUnordered
+	}
+	if c.out.unordered && len(frame) == 0 {
+		return fmt.Errorf("send on channel %s: an unordered channel has no empty frames", c.name)
 	}
 	if len(frame) > most {
 		return fmt.Errorf("send on channel %s: %w: %d bytes, %d allowed", c.name, ErrFrameTooLarge, len(frame), most)

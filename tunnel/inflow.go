@@ -18,23 +18,35 @@ type inflow struct {
 	reset   bool             // sealed, without a last
 	cause   error            // why the user gets nothing more
 	closed  bool             // the peer was told that no more is wanted
+	counted int              // pieces, as the session has counted them
 
 	arrived chan struct{} // holds a token when the user may find something new
 }
 
-// piece is what a data frame has brought. Its block is nil when its bytes are with
-// the user already, or will not get there.
+// piece is what a data frame has brought.
 type piece struct {
-	block *block
-	data  []byte
+	block *block // that data is in; nil for small data
+	data  []byte // nil when it is with the user already, or will not get there
 	size  int
+}
+
+// smallPiece is up to which length bytes have memory of their own, so that none
+// costs more than twice its length, and a little.
+const smallPiece = len(block{}) / 2
+
+func newPiece(n int) piece {
+	if n <= smallPiece {
+		return piece{data: make([]byte, n), size: n}
+	}
+	b := blocks.Get().(*block)
+	return piece{b, b[:n], n}
 }
 
 func (p *piece) free() {
 	if p.block != nil {
 		blocks.Put(p.block)
-		p.block, p.data = nil, nil
 	}
+	p.block, p.data = nil, nil
 }
 
 func newInflow() *inflow {
@@ -65,20 +77,35 @@ func (in *inflow) take(f frame, p piece) error {
 		delete(in.ahead, in.have)
 		in.waiting -= next.size
 		in.have += uint64(next.size)
-		if next.block != nil {
-			in.ready = append(in.ready, next)
+		if next.data != nil {
+			in.queue(next)
 			signal(in.arrived)
 		}
 	}
 	return in.checkOverlap()
 }
 
+// queue appends a piece for the user, to the last one where both are small.
+func (in *inflow) queue(p piece) {
+	if n := len(in.ready); n > 0 && p.block == nil && !in.unordered {
+		if last := &in.ready[n-1]; last.block == nil && len(last.data)+len(p.data) <= smallPiece {
+			last.data = append(last.data, p.data...)
+			last.size += p.size
+			return
+		}
+	}
+	in.ready = append(in.ready, p)
+}
+
+// pieces is how many there are, of which each costs memory beside its bytes.
+func (in *inflow) pieces() int { return len(in.ready) + len(in.ahead) }
+
 // release gives the user a frame that need not wait for others before it.
 func (in *inflow) release(p piece) piece {
 	switch {
 	case in.closed:
 		p.free()
-	case in.unordered && p.block != nil:
+	case in.unordered && p.data != nil:
 		in.ready = append(in.ready, p)
 		signal(in.arrived)
 		return piece{size: p.size}

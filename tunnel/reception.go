@@ -139,7 +139,7 @@ type newcomer struct {
 func (e *Endpoint) greet(ctx context.Context, c conn, peer ID) (newcomer, error) {
 	ctx, cancel := context.WithTimeout(ctx, headerTimeout)
 	defer cancel()
-	defer context.AfterFunc(ctx, func() { c.close(closeReason, "the greeting takes too long") })()
+	defer context.AfterFunc(ctx, func() { c.close(closeLost, "the greeting takes too long") })()
 	h, err := readHello(c)
 	if err != nil {
 		return newcomer{}, c.explain(err)

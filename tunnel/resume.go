@@ -22,6 +22,8 @@ const (
 	pingAfter  = time.Second
 	silence    = 4 * time.Second
 	stuckAfter = 20 * time.Second
+	// standstill is how late a tick is when the process or the host was stopped.
+	standstill = time.Second
 
 	redialTimeout = 3 * time.Second
 	firstWait     = 250 * time.Millisecond
@@ -34,11 +36,13 @@ const (
 type linkState struct {
 	heard    time.Time // when the peer last gave a sign of life
 	lost     bool
+	proven   bool // the peer has sent a frame
 	dialling bool
 	number   uint32 // of the next carrier made here, half of it
 	cause    error  // of the last carrier's end, or attempt's
 	changed  chan struct{}
-	looked   time.Time
+	tended   time.Time // when the carriers were last looked at
+	looked   time.Time // and were last steered
 	remote   net.Addr
 	local    net.Addr
 }
@@ -144,6 +148,10 @@ func (s *Session) tend() {
 func (s *Session) look(now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if gap := now.Sub(s.link.tended); gap > standstill && !s.link.tended.IsZero() {
+		s.forgive(gap)
+	}
+	s.link.tended = now
 	var newest time.Time
 	for _, c := range s.carriers {
 		if c.heard.After(newest) {
@@ -196,6 +204,15 @@ func (s *Session) look(now time.Time) {
 	}
 }
 
+// forgive takes the time in which this process stood still for no silence of the
+// peer's.
+func (s *Session) forgive(gap time.Duration) {
+	s.link.heard = s.link.heard.Add(gap)
+	for _, c := range s.carriers {
+		c.heard, c.progress = c.heard.Add(gap), c.progress.Add(gap)
+	}
+}
+
 // reconnect makes new carriers while the link is lost, with back-off, and at once
 // when the network of this host changes.
 func (s *Session) reconnect() {
@@ -216,12 +233,11 @@ func (s *Session) reconnect() {
 			s.mu.Unlock()
 			return
 		}
-		if err == nil {
-			break
+		if err != nil {
+			s.mu.Lock()
+			s.link.cause = err
+			s.mu.Unlock()
 		}
-		s.mu.Lock()
-		s.link.cause = err
-		s.mu.Unlock()
 		select {
 		case <-s.ctx.Done():
 			return

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"io"
+	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -308,6 +310,162 @@ func TestPeerThatAcknowledgesNothing(t *testing.T) {
 		defer from.mu.Unlock()
 		if n := len(from.accepts); n > 2*MaxChannels {
 			t.Errorf("%d channels wait to be accepted", n)
+		}
+	})
+}
+
+// A channel that both sides have done with is gone once, however often it is closed.
+func TestChannelsAreCountedOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{delay: time.Millisecond}
+		from, to := sessionsOver(t, l, 2)
+		for range 3 * MaxChannels {
+			out, in := simChannel(t, from, to, Control)
+			for _, c := range []*Channel{out, in} {
+				if err := c.CloseSend(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, c := range []*Channel{out, in} {
+				if _, err := c.Recv(context.Background(), nil); err != io.EOF {
+					t.Error(err)
+				}
+				c.Close()
+				c.Close()
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		for _, s := range []*Session{from, to} {
+			s.mu.Lock()
+			if s.mine != 0 || len(s.channels) != 0 || s.pieces != 0 {
+				t.Errorf("of %d channels %d are its own, with %d pieces", len(s.channels), s.mine, s.pieces)
+			}
+			s.mu.Unlock()
+		}
+	})
+}
+
+// What two carriers had that have died goes again once, and the channel is whole.
+func TestHedgedSegmentsOfDeadCarriers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{rate: 1 << 20, delay: 20 * time.Millisecond, forgets: true}
+		from, to := sessionsOver(t, l, 4)
+		out, in := simChannel(t, from, to, Memory)
+		var enough atomic.Bool
+		sent := make(chan int, 1)
+		go func() {
+			frame := make([]byte, 30<<10)
+			n := 0
+			for !enough.Load() && out.Send(context.Background(), frame) == nil {
+				n++
+			}
+			sent <- n
+		}()
+		received := make(chan int, 1)
+		go func() {
+			n := 0
+			for {
+				if _, err := in.Recv(context.Background(), nil); err != nil {
+					if err != io.EOF {
+						t.Error(err)
+					}
+					received <- n
+					return
+				}
+				n++
+			}
+		}()
+		for i := range 40 {
+			time.Sleep(time.Second)
+			from.mu.Lock() // one of them brings nothing more, and soon the others help it
+			c := from.carriers[i%len(from.carriers)].conn.(*simConn)
+			from.mu.Unlock()
+			for _, end := range []*simConn{c, c.peer} {
+				end.mu.Lock()
+				end.stall = true
+				end.mu.Unlock()
+			}
+			time.Sleep(500 * time.Millisecond)
+			l.setCut(true)
+			time.Sleep(time.Second)
+			l.setCut(false)
+			time.Sleep(silence)
+			from.SetRate(int64(50_000 * (1 + i%20)))
+		}
+		from.SetRate(0)
+		time.Sleep(time.Minute)
+		enough.Store(true)
+		n := <-sent
+		if err := out.CloseSend(); err != nil {
+			t.Error(err)
+		}
+		got := <-received
+		if from.Err() != nil || to.Err() != nil {
+			t.Fatal(from.Err(), to.Err())
+		}
+		if got != n {
+			t.Errorf("%d frames arrived of %d", got, n)
+		}
+	})
+}
+
+// A frame costs about what it has in bytes, and there is a most of them.
+func TestManySmallFrames(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{}
+		_, to := sessionsOver(t, l, 0)
+		a, b := l.pair(TCP)
+		if err := to.carry(b, 0); err != nil {
+			t.Fatal(err)
+		}
+		go io.Copy(io.Discard, a)
+		header := channelHeader{name: "bytes", priority: Disk}.append(nil)
+		wire := frame{kind: kindData, data: header}.append(nil)
+		offset := uint64(len(header))
+		for range 200_000 {
+			wire = frame{kind: kindData, offset: offset, data: []byte{1}}.append(wire)
+			offset++
+		}
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		for part := range slices.Chunk(wire, 64<<10) {
+			if _, err := a.Write(part); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		if to.Err() != nil {
+			t.Fatal(to.Err())
+		}
+		if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 16<<20 {
+			t.Errorf("200000 bytes take %d", grown)
+		}
+		// With holes between them, so that none can join another.
+		for channel := uint32(2); to.Err() == nil && channel < 2*MaxChannels; channel += 2 {
+			for offset := uint64(1); offset < firstCredit; offset += 2 {
+				wire = frame{kind: kindData, channel: channel, offset: offset, data: []byte{1}}.append(wire[:0])
+				a.Write(wire)
+			}
+			synctest.Wait()
+		}
+		if err := to.Err(); !errors.Is(err, ErrClosed) || !strings.Contains(err.Error(), "frames to keep") {
+			t.Errorf("it ends with %v", err)
+		}
+	})
+}
+
+// A process that was stopped takes that time for no silence of the peer.
+func TestStandstillIsNoSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{delay: time.Millisecond}
+		from, _ := sessionsOver(t, l, 3)
+		time.Sleep(10 * time.Second)
+		from.look(time.Now().Add(time.Hour))
+		if from.Err() != nil || !from.Link().LostSince.IsZero() || len(from.Link().Carriers) != 3 {
+			t.Errorf("after an hour's standstill: %v, %+v", from.Err(), from.Link())
 		}
 	})
 }

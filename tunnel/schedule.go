@@ -65,6 +65,7 @@ func (c *carrier) enter(g *segment) {
 		c.progress = time.Now()
 	}
 	g.users++
+	g.books++
 	c.book = append(c.book, g)
 	c.taken++
 }
@@ -75,10 +76,12 @@ func (s *Session) pick(c *carrier) *segment {
 		return nil
 	}
 	o, at := s.choose(c)
-	if o == nil {
+	if o == nil || o.priority != Control {
 		if g := s.echo(c); g != nil {
 			return s.repeat(c, g)
 		}
+	}
+	if o == nil {
 		if g := s.hedge(c); g != nil {
 			return s.repeat(c, g)
 		}
@@ -222,7 +225,7 @@ func (s *Session) wake(p Priority) {
 		return
 	}
 	for _, c := range s.carriers {
-		if c.idle && c != s.reserved {
+		if c.idle && c != s.reserved && !c.retiring {
 			c.idle = false // the next frame is for another one
 			signal(c.woken)
 			return
@@ -232,7 +235,7 @@ func (s *Session) wake(p Priority) {
 
 func (s *Session) wakeOther(than *carrier) {
 	for _, c := range s.carriers {
-		if c.idle && c != than {
+		if c.idle && c != than && !c.retiring {
 			signal(c.woken)
 			return
 		}
@@ -259,7 +262,9 @@ func (s *Session) SetRate(bytesPerSecond int64) {
 type bucket struct {
 	limit    float64 // bytes per second on the wire that the user allows; 0: all
 	governor float64 // bytes per second of frames that the path takes; 0: unknown
-	overhead float64 // bytes on the wire for each of a frame
+	overhead float64 // bytes on the wire for each of a frame; 0: unknown
+	passed   uint64  // bytes of frames
+	measured struct{ passed, wire uint64 }
 
 	tokens  float64
 	filled  time.Time
@@ -270,6 +275,11 @@ type bucket struct {
 const (
 	bucketTime  = 20 * time.Millisecond
 	bucketFloor = 2 * (16 << 10)
+
+	// Bytes on the wire are compared with those of frames after so many. Those that a lossy
+	// line makes a carrier send again are among them.
+	overheadSpan = 256 << 10
+	maxOverhead  = 2
 )
 
 // rate returns the rate in bytes of frames per second, or 0 for none.
@@ -282,6 +292,20 @@ func (b *bucket) rate() float64 {
 		}
 	}
 	return rate
+}
+
+// observe takes how many bytes have been on the wire so far.
+func (b *bucket) observe(wire uint64) {
+	frames := b.passed - b.measured.passed
+	if frames < overheadSpan {
+		return
+	}
+	overhead := min(max(float64(wire-b.measured.wire)/float64(frames), 1), maxOverhead)
+	if b.overhead == 0 {
+		b.overhead = overhead
+	}
+	b.overhead += (overhead - b.overhead) / 4
+	b.measured.passed, b.measured.wire = b.passed, wire
 }
 
 // limited tells whether it is the user's rate that holds frames back.
@@ -312,6 +336,7 @@ func (b *bucket) ready() bool {
 }
 
 func (b *bucket) take(n int) {
+	b.passed += uint64(n)
 	if b.rate() > 0 {
 		b.tokens -= float64(n)
 	}

@@ -19,6 +19,7 @@ type segment struct {
 	wire   []byte // the frame, once it was taken
 	taken  time.Time
 	users  int  // books that it stands in, and writers at work on it
+	books  int  // of these, the books
 	over   bool // acknowledged, or void with its channel
 	echoed bool // a second carrier has it too, or had
 	queued bool // once more: the carrier that had it is gone
@@ -87,7 +88,7 @@ func (o *outflow) last(n int) *segment {
 		return nil
 	}
 	g := o.queue[len(o.queue)-1]
-	if g.wire != nil || g.flags&flagEnd != 0 || g.length+n > maxData {
+	if g.wire != nil || g.over || g.flags&flagEnd != 0 || g.length+n > maxData {
 		return nil
 	}
 	return g

@@ -25,11 +25,13 @@ const (
 	channelWindow = 32 << 20
 	// sessionWindow bounds these of all channels together.
 	sessionWindow = 96 << 20
+	// maxPieces bounds the frames in these windows: a peer could send them byte by byte.
+	maxPieces = 256 << 10
 
 	// flightBytes and flightLimit bound what is kept until the peer has
 	// acknowledged it, in bytes and in segments.
 	flightBytes = 64 << 20
-	flightLimit = 16 << 10
+	flightLimit = flightBytes / len(block{})
 )
 
 // sessionConfig is what an Endpoint gives a session.
@@ -69,6 +71,7 @@ type Session struct {
 	opened   chan struct{}
 	accepts  []*Channel    // opened by the peer, and not accepted yet
 	accepted chan struct{} // holds a token when accepts has grown
+	pieces   int           // of all channels, that wait for their users or for others before them
 
 	// Sending.
 	flows    []*outflow // that has not sent for the longest time first
@@ -160,6 +163,9 @@ func (s *Session) open(ctx context.Context, header channelHeader) (*Channel, err
 		}
 		s.mu.Lock()
 		if ctx.Err() != nil {
+			if s.mine < MaxChannels {
+				signal(s.opened) // it may have been the word to this one
+			}
 			return nil, fmt.Errorf("open channel %s: %w", header.name, context.Cause(ctx))
 		}
 	}
@@ -193,10 +199,11 @@ func (s *Session) add(c *Channel) {
 
 // remove forgets a channel when both sides have done with both directions.
 func (s *Session) remove(c *Channel) {
-	if !c.out.finished || !c.in.closed || !c.in.sealed {
+	if !c.out.finished || !c.in.closed || !c.in.sealed || s.channels[c.id] != c {
 		return
 	}
 	delete(s.channels, c.id)
+	s.pieces -= c.in.counted
 	s.flows = slices.DeleteFunc(s.flows, func(o *outflow) bool { return o == c.out })
 	s.accepts = slices.DeleteFunc(s.accepts, func(other *Channel) bool { return other == c })
 	if s.own(c.id) {
@@ -279,6 +286,7 @@ func (s *Session) await(ctx context.Context, c *Channel, take func()) error {
 		}
 		if len(c.in.ready) > 0 && s.ctx.Err() == nil {
 			take()
+			s.count(c)
 			if c.in.drained() {
 				s.finish(c, doneAll)
 			} else if !c.in.sealed {
@@ -315,6 +323,15 @@ func (s *Session) grant(c *Channel) {
 	if limit, due := c.in.grant(); due {
 		c.in.limit = limit
 		s.post(frame{kind: kindCredit, channel: c.id, offset: limit})
+	}
+}
+
+// count notes how many pieces a channel has.
+func (s *Session) count(c *Channel) {
+	if s.channels[c.id] == c {
+		n := c.in.pieces()
+		s.pieces += n - c.in.counted
+		c.in.counted = n
 	}
 }
 
@@ -411,6 +428,7 @@ func (s *Session) stop(c *Channel, code resetCode, cause error) {
 		s.finish(c, code)
 	}
 	c.in.stop(cause)
+	s.count(c)
 	s.remove(c)
 }
 
