@@ -31,6 +31,7 @@ import (
 var (
 	startup = flag.Duration("startup", 10*time.Second, "how long a load runs before it is measured")
 	window  = flag.Duration("window", 15*time.Second, "how long it is measured")
+	only    = flag.String("only", "", "measure only rows with this in their name")
 	profile = flag.String("profile", "", "folder for CPU profiles of both ends of each session")
 )
 

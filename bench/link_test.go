@@ -4,6 +4,7 @@ package bench
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -78,6 +79,9 @@ func TestLink(t *testing.T) {
 			printHead(idle)
 			goal, betterTCP := c.use, 0.0
 			for _, control := range []string{"bbr", "cubic"} {
+				if !strings.Contains("tcp-"+control, *only) {
+					continue
+				}
 				r := b.measureTCP(control)
 				r.idle = idle
 				r.print(c.name)
@@ -87,6 +91,9 @@ func TestLink(t *testing.T) {
 				goal = 0.95 * betterTCP
 			}
 			for _, kind := range kindsOn(c) {
+				if !strings.Contains(kind, *only) {
+					continue
+				}
 				r := b.measure(kind)
 				r.idle = idle
 				r.print(c.name)

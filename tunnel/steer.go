@@ -30,16 +30,19 @@ func (s *Session) steer(now time.Time) {
 	}
 	var sample linkSample
 	var stripes stripeSample
+	wire := s.ever.sent
 	for _, c := range s.carriers {
 		st := c.conn.stats()
 		c.rtt = st.rtt
+		wire += st.sent
 		if st.latestRTT > 0 && (sample.rtt == 0 || st.latestRTT < sample.rtt) {
 			sample.rtt = st.latestRTT
 		}
 		if st.minRTT > 0 && (sample.minRTT == 0 || st.minRTT < sample.minRTT) {
 			sample.minRTT = st.minRTT
 		}
-		if c == s.reserved || c.retiring {
+		// The only carrier will be the reserved one.
+		if c == s.reserved || c.retiring || len(s.carriers) == 1 {
 			continue
 		}
 		k := &stripes.quic
@@ -48,11 +51,12 @@ func (s *Session) steer(now time.Time) {
 		}
 		k.carriers++
 	}
+	s.bucket.observe(wire)
 	sample.delivered, sample.busy = s.delivered, !s.starved
 	s.bucket.governor = float64(s.steering.governor.observe(now.Sub(s.steering.began), sample))
 	s.wake(Memory)
 
-	if !s.dialled || s.redial == nil || s.steering.dialling || s.link.lost || now.Sub(s.steering.striped) < stripeEvery {
+	if !s.dialled || s.redial == nil || s.steering.dialling || s.link.lost || !s.link.proven || now.Sub(s.steering.striped) < stripeEvery {
 		s.starved = false
 		return
 	}
@@ -66,8 +70,10 @@ func (s *Session) steer(now time.Time) {
 	switch s.steering.striping.observe(now.Sub(s.steering.began), stripes) {
 	case addQUIC:
 		s.addBy(QUIC)
+		s.steering.striped = time.Time{} // the next one need not wait
 	case addTCP:
 		s.addBy(TCP)
+		s.steering.striped = time.Time{}
 	case dropQUIC:
 		s.retire(QUIC)
 	case dropTCP:

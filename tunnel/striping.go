@@ -32,7 +32,8 @@ const (
 // striping chooses how many carriers of which transport a session has. It has
 // no clock.
 //
-// It wants so many of each, and says one step at a time what lacks or is too much. What it wants
+// It begins with four over TCP, which with the kernel's BBR fill what most lines are, or where
+// there is no TCP with one over QUIC. It wants so many of each, and says one step at a time what lacks or is too much. What it wants
 // it finds by trials: it measures goodput, changes the number, waits until the new carriers
 // are up to speed, measures again, and goes back if that was not worth it.
 //
@@ -72,6 +73,7 @@ const (
 	// maxCarriers leaves a place for the one that resumes a session whose carriers are all dead: it
 	// comes while they still count.
 	maxCarriers = Carriers - 1
+	firstTCP    = 4
 	// A window is so many round trips, and a carrier has so many to get up to speed:
 	// slow start to 200 Mbit/s and 100 ms takes eleven.
 	stripeWindowTrips = 20
@@ -83,6 +85,7 @@ const (
 	stripeLoss = 0.97
 	// stripeChange is a fall of goodput, without a trial, that says that the link has changed.
 	stripeChange = 0.8
+	stripeBetter = 1.25
 	// firstStripeRest doubles with each trial in vain.
 	firstStripeRest = 30 * time.Second
 	lastStripeRest  = 10 * time.Minute
@@ -95,13 +98,13 @@ func (s *striping) observe(now time.Duration, x stripeSample) stripeAction {
 	have := [2]int{x.quic.carriers, x.tcp.carriers}
 	usable := [2]bool{!x.quic.failed, !x.tcp.failed}
 	s.wish(now, usable, have)
-	if have != s.want {
-		s.changed, s.open = now, false
-		return s.toward(have)
-	}
 	if !x.busy {
 		s.open = false
 		return stripeNothing
+	}
+	if have != s.want {
+		s.changed, s.open = now, false
+		return s.toward(have)
 	}
 	if now-s.changed < max(stripeSettleTrips*x.rtt, minStripeSettle) {
 		return stripeNothing
@@ -136,7 +139,10 @@ func (s *striping) observe(now time.Duration, x stripeSample) stripeAction {
 func (s *striping) wish(now time.Duration, usable [2]bool, have [2]int) {
 	if s.want == [2]int{} {
 		s.want = have
-		s.compare = now
+		if usable[1] {
+			s.want = [2]int{0, max(firstTCP, have[1])}
+		}
+		s.compare = now + compareEvery
 	}
 	for t := range s.want {
 		if !usable[t] && have[t] < s.want[t] {
@@ -190,6 +196,7 @@ func (s *striping) judge(now time.Duration, goodput float64) {
 		s.compare = now + compareEvery
 	case goodput < stripeChange*s.goodput:
 		s.afresh(now)
+		s.compare = now
 	}
 	s.trial = noTrial
 	s.goodput = goodput
@@ -247,9 +254,10 @@ func (s *striping) better(rates [2]float64, usable [2]bool) int {
 	return 0
 }
 
-// worse is the transport, of those with carriers, whose carriers deliver less.
+// worse is the transport, of those with carriers, whose carriers deliver less. TCP's
+// are kept for as much: their BBR bears a loss that may come.
 func (s *striping) worse(rates [2]float64) int {
-	if s.want[1] == 0 || s.want[0] > 0 && s.each(0, rates) < s.each(1, rates) {
+	if s.want[1] == 0 || s.want[0] > 0 && s.each(0, rates) < stripeBetter*s.each(1, rates) {
 		return 0
 	}
 	return 1
