@@ -44,8 +44,9 @@ type carrier struct {
 
 	// The session's lock guards these.
 	idle     bool
-	closed   bool // here: nothing that it brings counts any more
-	retiring bool // takes nothing more
+	hungry   time.Time // since when nothing waits for it; zero: something does
+	closed   bool      // here: nothing that it brings counts any more
+	retiring bool      // takes nothing more
 	book     []*segment
 	taken    uint64 // numbered frames
 	acked    uint64 // of them, by the peer

@@ -133,7 +133,7 @@ func (p Priority) rank() int {
 
 // choose finds the channel whose turn it is.
 func (s *Session) choose(c *carrier) (best *outflow, at int) {
-	paced := !s.bucket.ready()
+	paced, stalled := !s.bucket.ready(), false
 	for i, o := range s.flows {
 		g := o.head()
 		if g == nil || best != nil && best.priority.rank() <= o.priority.rank() {
@@ -147,16 +147,30 @@ func (s *Session) choose(c *carrier) (best *outflow, at int) {
 				s.capped = true
 				continue
 			case g.wire == nil && (s.flight+g.length > s.flightMost() || s.segments >= flightLimit):
-				s.stalled = true
+				stalled, s.stalled = true, true
 				continue
 			}
 		}
 		best, at = o, i
 	}
-	if best == nil && !paced && c != s.reserved {
-		s.starved = true
-	}
+	s.note(c, best == nil && !paced && !stalled && c != s.reserved)
 	return best, at
+}
+
+// note notes since when a carrier finds nothing that waits. It may be so for a
+// moment while the one who sends is about to go on.
+func (s *Session) note(c *carrier, hungry bool) {
+	switch {
+	case !hungry:
+		s.starved = s.starved || c.starved(time.Now())
+		c.hungry = time.Time{}
+	case c.hungry.IsZero():
+		c.hungry = time.Now()
+	}
+}
+
+func (c *carrier) starved(now time.Time) bool {
+	return !c.hungry.IsZero() && !c.retiring && now.Sub(c.hungry) > starvedAfter
 }
 
 // flightMost is how many bytes may be on their way, at a rate that the link is known to take.
@@ -206,6 +220,8 @@ func (s *Session) hedge(c *carrier) *segment {
 }
 
 const (
+	starvedAfter = 10 * time.Millisecond
+
 	// A carrier that has lost a packet keeps what it has for two round trips and more.
 	flightTrips = 6
 	flightTime  = 100 * time.Millisecond

@@ -87,7 +87,7 @@ type Session struct {
 	delivered uint64          // bytes of data that the peer has
 	brought   [TCP + 1]uint64 // of them, by transport
 	resent    uint64          // bytes of data that went a second time
-	starved   bool            // a carrier had nothing to carry since look
+	starved   bool            // a carrier had nothing to carry for a while, since look
 	capped    bool            // frames waited for the bucket since look
 
 	// Carriers.

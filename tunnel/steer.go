@@ -34,6 +34,7 @@ func (s *Session) steer(now time.Time) {
 	for _, c := range s.carriers {
 		st := c.conn.stats()
 		c.rtt = st.rtt
+		s.starved = s.starved || c.starved(now)
 		wire += st.sent
 		if st.latestRTT > 0 && (sample.rtt == 0 || st.latestRTT < sample.rtt) {
 			sample.rtt = st.latestRTT
