@@ -152,14 +152,10 @@ func (s *Session) look(now time.Time) {
 		s.forgive(gap)
 	}
 	s.link.tended = now
-	var newest time.Time
 	for _, c := range s.carriers {
-		if c.heard.After(newest) {
-			newest = c.heard
+		if c.heard.After(s.link.heard) { // QUIC follows a peer that a NAT moves
+			s.link.heard, s.link.remote = c.heard, c.conn.RemoteAddr()
 		}
-	}
-	if newest.After(s.link.heard) {
-		s.link.heard = newest
 	}
 	quiet := now.Sub(s.link.heard)
 	lost := quiet > silence || len(s.carriers) == 0
