@@ -174,13 +174,15 @@ func (c *carrier) starved(now time.Time) bool {
 }
 
 // flightMost is how many bytes may be on their way, at a rate that the link is known to take.
-// When the link goes away, that is what it loses.
+// When the link goes away, that is what it loses. Whatever the rate, some frames may go: only
+// these show that it is too low.
 func (s *Session) flightMost() int {
 	rate := s.bucket.governor
 	if rate == 0 {
 		return flightBytes
 	}
-	return int(min(flightBytes, rate*max(flightTrips*s.steering.governor.minRTT, flightTime).Seconds()))
+	most := rate * max(flightTrips*s.steering.governor.minRTT, flightTime).Seconds()
+	return int(max(flightLeast, min(flightBytes, most)))
 }
 
 // echo returns a small control frame that another carrier has taken just now.
@@ -225,6 +227,7 @@ const (
 	// A carrier that has lost a packet keeps what it has for two round trips and more.
 	flightTrips = 6
 	flightTime  = 100 * time.Millisecond
+	flightLeast = 4 * maxData
 
 	maxEchoes  = 64
 	hedgeMost  = 64

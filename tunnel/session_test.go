@@ -109,3 +109,15 @@ func TestStats(t *testing.T) {
 		t.Errorf("receiver: %+v", st)
 	}
 }
+
+// After a blackout the governor may be at its lowest rate.
+func TestTheLowestRateLetsFramesGo(t *testing.T) {
+	var s Session
+	s.bucket.governor = minRate
+	for _, rtt := range []time.Duration{0, time.Millisecond, 100 * time.Millisecond} {
+		s.steering.governor.minRTT = rtt
+		if most := s.flightMost(); most < MaxUnordered {
+			t.Errorf("%d bytes may be on their way over a round trip of %v, and a frame has %d", most, rtt, MaxUnordered)
+		}
+	}
+}
