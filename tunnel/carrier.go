@@ -46,7 +46,8 @@ type carrier struct {
 	idle     bool
 	hungry   time.Time // since when nothing waits for it; zero: something does
 	closed   bool      // here: nothing that it brings counts any more
-	retiring bool      // takes nothing more
+	retiring time.Time // since when it takes nothing more; zero: it does
+	parting  bool      // the peer has retired it
 	book     []*segment
 	taken    uint64 // numbered frames
 	acked    uint64 // of them, by the peer
@@ -56,6 +57,7 @@ type carrier struct {
 	ackDue   bool
 	ackSoon  bool
 	pingDue  bool
+	retires  bool // the peer is to be told
 	pinged   time.Time
 	heard    time.Time
 	progress time.Time // when the peer last acknowledged something, or had done so with everything
@@ -123,7 +125,7 @@ func (s *Session) crowded() bool {
 // reserve chooses the carrier that control frames have for themselves, when there
 // is more than one: the one that has it, or else one over QUIC.
 func (s *Session) reserve() {
-	if slices.Contains(s.carriers, s.reserved) {
+	if slices.Contains(s.carriers, s.reserved) && s.reserved.retiring.IsZero() {
 		if len(s.carriers) == 1 {
 			s.reserved = nil
 		}
@@ -135,7 +137,7 @@ func (s *Session) reserve() {
 	}
 	for _, c := range s.carriers {
 		quic := c.conn.transport() == QUIC
-		if !c.retiring && (s.reserved == nil || quic && s.reserved.conn.transport() != QUIC) {
+		if c.retiring.IsZero() && (s.reserved == nil || quic && s.reserved.conn.transport() != QUIC) {
 			s.reserved = c
 		}
 	}
@@ -381,11 +383,23 @@ func (s *Session) receive(c *carrier, f frame, p piece) error {
 		return s.acknowledge(c, f.offset)
 	case kindPing:
 		c.acknowledgeNow()
+	case kindRetire:
+		c.parting = true
+		c.retire()
 	case kindClose:
 		reason := printable(string(f.data))
 		s.end(fmt.Errorf("%w: %s", ErrClosedByPeer, reason), closeReason, reason)
 	}
 	return nil
+}
+
+// retire has the carrier take nothing more.
+func (c *carrier) retire() {
+	if c.retiring.IsZero() {
+		c.retiring = time.Now()
+		c.session.reserve()
+		c.session.wakeAll() // for what it would have taken
+	}
 }
 
 func (c *carrier) acknowledgeNow() {

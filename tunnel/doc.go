@@ -77,6 +77,7 @@
 //	6 ack       count u64                                           no
 //	7 ping                                                          no
 //	8 close     code u8, n u16, n bytes of reason, at most 256      no
+//	9 retire                                                        no
 //
 // Each side counts the frames of kinds 1 to 5 that a carrier has brought, and
 // says so with ack on the same carrier: after 16 frames, 64 KiB or 10 ms, and at
@@ -91,6 +92,10 @@
 // has never had is answered with a count of 0. A gone frame whose own carrier is
 // closed is sent again without waiting for the peer's word on that one, which may
 // be in the same position.
+//
+// A side that wants fewer carriers says retire on one, and gives it no more frames
+// that count. The other side does so too, and closes it when all of its own were
+// acknowledged: so none is sent again.
 //
 // # Channels
 //
@@ -213,10 +218,12 @@
 // carriers. A carrier over TCP lets 64 KiB wait in its socket for what congestion control
 // allows, one over QUIC a packet.
 //
-// Until the peer has acknowledged them, a session keeps at most 64 MiB and 16384
-// frames of what it has sent. A receiver keeps what comes before its turn: on a channel up
+// Until the peer has acknowledged them, a session keeps at most 64 MiB and 4096
+// data frames of what it has sent, and when it knows what the link takes, six round trips of that. A receiver keeps what comes before its turn: on a channel up
 // to 32 MiB beyond what its reader has had, on all channels of a session 96 MiB, and
-// 256 KiB more on each. A reader that never begins holds 256 KiB. Besides, a
+// 256 KiB more on each. A reader that never begins holds 256 KiB. A small frame has
+// memory of its own, or joins the one before; the session ends when 262144 wait that could not, or when
+// the peer leaves 65536 frames without data unacknowledged. Besides, a
 // carrier over QUIC holds up to 6 MiB behind a packet that was lost, and one over TCP
 // what the kernel's socket buffer does.
 package tunnel

@@ -19,6 +19,7 @@ const (
 	kindAck    kind = 6 // count u64: this carrier has brought count numbered frames
 	kindPing   kind = 7 // nothing: asks for an ack now
 	kindClose  kind = 8 // code u8, length u16, reason: the session is over
+	kindRetire kind = 9 // nothing: this carrier gets no more frames that count, and should bring none
 )
 
 // numbered says whether frames of the kind count: they are acknowledged, and go
@@ -35,7 +36,7 @@ const (
 
 // frameSizes are the lengths of the fixed parts behind the kind.
 var frameSizes = [...]int{
-	kindData: dataHead - 1, kindReset: 5, kindDone: 5, kindCredit: 12, kindGone: 12, kindAck: 8, kindPing: 0, kindClose: 3,
+	kindData: dataHead - 1, kindReset: 5, kindDone: 5, kindCredit: 12, kindGone: 12, kindAck: 8, kindPing: 0, kindClose: 3, kindRetire: 0,
 }
 
 // frame is what goes over a carrier. Which fields it has depends on its kind.

@@ -22,6 +22,7 @@ var framesOfEachKind = []frame{
 	{kind: kindPing},
 	{kind: kindClose, code: uint8(closeFormat), data: []byte("over")},
 	{kind: kindClose, data: []byte{}},
+	{kind: kindRetire},
 }
 
 // parseFrame reads a frame with its data.
@@ -72,7 +73,7 @@ func TestCarrierFrameJunk(t *testing.T) {
 	}
 	for want, junk := range map[string][]byte{
 		"frame of kind 0":  {0},
-		"frame of kind 9":  {9},
+		"frame of kind 10": {10},
 		"with flags":       change(1, 2),
 		"at offset":        change(6, 0xff),
 		"of no bytes":      change(14, 0, 0),

@@ -22,6 +22,9 @@ const (
 	pingAfter  = time.Second
 	silence    = 4 * time.Second
 	stuckAfter = 20 * time.Second
+	// partingTime is how long the peer has to give up a retired carrier first, which it
+	// does when it has heard that everything on it has come.
+	partingTime = 10 * time.Second
 	// standstill is how late a tick is when the process or the host was stopped.
 	standstill = time.Second
 
@@ -174,7 +177,7 @@ func (s *Session) look(now time.Time) {
 			len(c.book) > 0 && now.Sub(c.progress) > stuckAfter && quiet < pingAfter+silence/4:
 			s.depart(c, fmt.Errorf("%w: no answer from %s for %v", ErrLost, c.conn.RemoteAddr(), silent.Round(time.Millisecond)))
 			continue
-		case c.retiring && len(c.book) == 0:
+		case !c.retiring.IsZero() && len(c.book) == 0 && (c.parting || now.Sub(c.retiring) > partingTime):
 			s.depart(c, errors.New("not needed"))
 			continue
 		}

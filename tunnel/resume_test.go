@@ -469,3 +469,41 @@ func TestStandstillIsNoSilence(t *testing.T) {
 		}
 	})
 }
+
+// A carrier that is not needed any more goes without anything being sent again, although
+// both sides send.
+func TestRetiredCarriers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &line{rate: 8 << 20, delay: 20 * time.Millisecond}
+		from, to := sessionsOver(t, l, 4)
+		from.mu.Lock()
+		from.steering.striping.rested = 24 * time.Hour // it would begin trials of its own
+		from.mu.Unlock()
+		out, in := simChannel(t, from, to, Memory)
+		ctx, cancel := context.WithCancel(context.Background())
+		there, done := pump(ctx, out, in)
+		out, in = simChannel(t, to, from, Memory)
+		back, done2 := pump(ctx, out, in)
+		time.Sleep(time.Second)
+		from.mu.Lock()
+		before := len(from.carriers)
+		from.steering.failed[TCP] = time.Now() // and would make another one
+		from.retire(TCP)
+		from.mu.Unlock()
+		time.Sleep(3 * time.Second)
+		for _, s := range []*Session{from, to} {
+			if n := len(s.Link().Carriers); n != before-1 {
+				t.Errorf("%d carriers are left of %d", n, before)
+			}
+			if n := s.Stats().BytesResent; n != 0 {
+				t.Errorf("%d bytes were sent again", n)
+			}
+		}
+		if there.Load() == 0 || back.Load() == 0 {
+			t.Errorf("%d and %d bytes came", there.Load(), back.Load())
+		}
+		cancel()
+		<-done
+		<-done2
+	})
+}

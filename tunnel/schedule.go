@@ -41,6 +41,10 @@ func (c *carrier) report(b []byte) []byte {
 		c.told, c.untold = c.received, 0
 		b = frame{kind: kindAck, offset: c.received}.append(b)
 	}
+	if c.retires {
+		c.retires = false
+		b = frame{kind: kindRetire}.append(b)
+	}
 	if c.pingDue {
 		c.pingDue = false
 		b = frame{kind: kindPing}.append(b)
@@ -72,7 +76,7 @@ func (c *carrier) enter(g *segment) {
 
 // pick takes the segment that goes next over a carrier, or nil.
 func (s *Session) pick(c *carrier) *segment {
-	if c.retiring {
+	if !c.retiring.IsZero() {
 		return nil
 	}
 	o, at := s.choose(c)
@@ -170,7 +174,7 @@ func (s *Session) note(c *carrier, hungry bool) {
 }
 
 func (c *carrier) starved(now time.Time) bool {
-	return !c.hungry.IsZero() && !c.retiring && now.Sub(c.hungry) > starvedAfter
+	return !c.hungry.IsZero() && c.retiring.IsZero() && now.Sub(c.hungry) > starvedAfter
 }
 
 // flightMost is how many bytes may be on their way, at a rate that the link is known to take.
@@ -244,7 +248,7 @@ func (s *Session) wake(p Priority) {
 		return
 	}
 	for _, c := range s.carriers {
-		if c.idle && c != s.reserved && !c.retiring {
+		if c.idle && c != s.reserved && c.retiring.IsZero() {
 			c.idle = false // the next frame is for another one
 			signal(c.woken)
 			return
@@ -254,7 +258,7 @@ func (s *Session) wake(p Priority) {
 
 func (s *Session) wakeOther(than *carrier) {
 	for _, c := range s.carriers {
-		if c.idle && c != than && !c.retiring {
+		if c.idle && c != than && c.retiring.IsZero() {
 			signal(c.woken)
 			return
 		}

@@ -43,7 +43,7 @@ func (s *Session) steer(now time.Time) {
 			sample.minRTT = st.minRTT
 		}
 		// The only carrier will be the reserved one.
-		if c == s.reserved || c.retiring || len(s.carriers) == 1 {
+		if c == s.reserved || !c.retiring.IsZero() || len(s.carriers) == 1 {
 			continue
 		}
 		k := &stripes.quic
@@ -100,8 +100,10 @@ func (s *Session) addBy(t Transport) {
 // retire lets the youngest carrier of a transport finish what it has.
 func (s *Session) retire(t Transport) {
 	for i := len(s.carriers) - 1; i >= 0; i-- {
-		if c := s.carriers[i]; c != s.reserved && !c.retiring && c.conn.transport() == t {
-			c.retiring = true
+		if c := s.carriers[i]; c != s.reserved && c.retiring.IsZero() && c.conn.transport() == t {
+			c.retire()
+			c.retires = true
+			signal(c.woken)
 			return
 		}
 	}
