@@ -87,13 +87,20 @@ func (b *bench) change(c lab.LinkChange) {
 }
 
 // wire is what local-dc has put on the link so far, in bytes of IP.
-func (b *bench) wire() uint64 {
+func (b *bench) wire() lab.LinkCounters {
 	b.t.Helper()
 	state, err := b.LinkState(b.t.Context())
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	return state.Counters[lab.LocalDC].Bytes
+	return state.Counters[lab.LocalDC]
+}
+
+func (b *bench) resetCounters() {
+	b.t.Helper()
+	if err := b.ResetCounters(b.t.Context()); err != nil {
+		b.t.Fatal(err)
+	}
 }
 
 // start runs a command at a site until it ends or the test does.

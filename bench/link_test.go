@@ -39,6 +39,7 @@ type row struct {
 	what    string
 	payload float64   // bits per second
 	wire    float64   // bits per second of the sender's IP packets
+	dropped float64   // share of its packets that the link's queue had no room for, from the start on
 	control quantiles // round trips of the control frames beside the load
 	path    quantiles // and of echo requests, as another user would see the link
 	idle    time.Duration
@@ -48,11 +49,11 @@ type row struct {
 
 func (r row) use() float64 { return r.wire / linkRate }
 
-const rowHead = "%-18s %-12s %8s %8s %7s %20s %8s %20s %8s  %s\n"
+const rowHead = "%-18s %-12s %8s %8s %7s %8s %20s %8s %20s %8s  %s\n"
 
 func printHead(idle time.Duration) {
 	fmt.Printf("\n200 Mbit/s, %v round trip when idle\n", idle.Round(100*time.Microsecond))
-	fmt.Printf(rowHead, "link", "", "Mbit/s", "of link", "sent", "control median/95th", "of idle", "path median/95th", "of idle", "carriers")
+	fmt.Printf(rowHead, "link", "", "Mbit/s", "of link", "sent", "dropped", "control median/95th", "of idle", "path median/95th", "of idle", "carriers")
 }
 
 func (r row) print(condition string) {
@@ -63,7 +64,7 @@ func (r row) print(condition string) {
 		return fmt.Sprintf("x%.2f", float64(d)/float64(r.idle))
 	}
 	fmt.Printf(rowHead, condition, r.what, fmt.Sprintf("%.1f", r.payload/1e6), fmt.Sprintf("%.1f%%", 100*r.use()),
-		fmt.Sprintf("x%.3f", r.wire/r.payload), r.control, times(r.control.p95), r.path, times(r.path.p95), r.carriers)
+		fmt.Sprintf("x%.3f", r.wire/r.payload), fmt.Sprintf("%.1f%%", 100*r.dropped), r.control, times(r.control.p95), r.path, times(r.path.p95), r.carriers)
 }
 
 // TestLink measures on the lab's link what one TCP connection, one plain
@@ -124,6 +125,7 @@ func (b *bench) remote() string { return b.Sites[lab.RemoteDC].WANAddr.Addr().St
 // measureTCP measures one flow of iperf3, with a congestion control of the kernel's.
 func (b *bench) measureTCP(control string) row {
 	b.t.Helper()
+	b.resetCounters()
 	f := b.iperf(control, lab.RemoteDC, b.remote(), *startup, *window+time.Second)
 	time.Sleep(*startup)
 	r := b.underLoad("tcp-" + control)
@@ -134,6 +136,7 @@ func (b *bench) measureTCP(control string) row {
 // measure measures what carries probes too.
 func (b *bench) measure(kind string) row {
 	b.t.Helper()
+	b.resetCounters()
 	s := b.ends(kind, lab.RemoteDC, b.Sites[lab.RemoteDC].AgentAddr.String())
 	s.bulk()
 	time.Sleep(*startup)
@@ -153,5 +156,6 @@ func (b *bench) underLoad(what string) row {
 	before, began := b.wire(), time.Now()
 	path := b.pings(b.remote(), *window)
 	after, took := b.wire(), time.Since(began)
-	return row{what: what, wire: float64(after-before) * 8 / took.Seconds(), path: path}
+	return row{what: what, wire: float64(after.Bytes-before.Bytes) * 8 / took.Seconds(), path: path,
+		dropped: float64(after.Dropped) / float64(after.Packets+after.Dropped)}
 }
