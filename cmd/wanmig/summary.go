@@ -84,7 +84,7 @@ func summary(r migrate.Result) string {
 		line("  there", destination)
 		line("sent", size(int64(r.WireBytesSent))+unless(moved == 0, fmt.Sprintf(", %s of %s of disks and %s of memory",
 			percent(int64(r.WireBytesSent), moved), size(r.DiskBytes), size(r.MemoryBytes))))
-		line("sent again", unless(r.Resent == 0, size(int64(r.Resent))+", after connections were lost"))
+		line("sent again", unless(r.Resent == 0, size(int64(r.Resent))+", over another connection"))
 		line("received", size(int64(r.WireBytesReceived)))
 		line("link lost", unless(r.LinkLostMS == 0, "for "+span(time.Duration(r.LinkLostMS)*time.Millisecond)+" in all"))
 		line("carriers", carriersUsed(r.Carriers))
