@@ -168,6 +168,8 @@ func (s *Session) look(now time.Time) {
 			s.log.Warn("the link is lost", "peer", s.peer, "silent_ms", quiet.Milliseconds(), "cause", s.link.cause)
 		} else {
 			s.log.Info("the link is back", "peer", s.peer)
+			s.steering.governor = governor{polite: s.steering.governor.polite} // of a link as it is now
+			s.bucket.governor = 0
 		}
 	}
 	for _, c := range slices.Clone(s.carriers) {

@@ -56,7 +56,7 @@ func TestSessionHoldsThroughACut(t *testing.T) {
 			out, in := simChannel(t, from, to, Memory)
 			ctx, cancel := context.WithCancel(context.Background())
 			got, done := pump(ctx, out, in)
-			time.Sleep(time.Minute)
+			time.Sleep(20 * time.Second)
 			if !from.Link().LostSince.IsZero() {
 				t.Errorf("lost since %v", from.Link().LostSince)
 			}
@@ -74,7 +74,13 @@ func TestSessionHoldsThroughACut(t *testing.T) {
 			if waited := time.Since(began); waited > longestWait+redialTimeout+time.Second {
 				t.Errorf("the first frame comes %v after the end of a cut of %v", waited, cut)
 			}
-			time.Sleep(time.Minute)
+			time.Sleep(3 * time.Second)
+			after := got.Load()
+			time.Sleep(3 * time.Second)
+			if rate := (got.Load() - after) / 3; rate < int64(l.rate) {
+				t.Errorf("%v after a cut of %v there are %d bytes a second, a carrier takes %d", time.Since(began), cut, rate, l.rate)
+			}
+			time.Sleep(20 * time.Second)
 			if !from.Link().LostSince.IsZero() || !to.Link().LostSince.IsZero() {
 				t.Errorf("lost since %v, there %v", from.Link().LostSince, to.Link().LostSince)
 			}
@@ -84,7 +90,7 @@ func TestSessionHoldsThroughACut(t *testing.T) {
 			if st.BytesResent > uint64(got.Load())/100 {
 				t.Errorf("%d of %d bytes sent again", st.BytesResent, got.Load())
 			}
-			t.Logf("cut of %v: back after %v, %d of %d bytes again", cut, time.Since(began)-time.Minute, st.BytesResent, got.Load())
+			t.Logf("cut of %v: back after %v, %d of %d bytes again", cut, time.Since(began)-20*time.Second, st.BytesResent, got.Load())
 		})
 	}
 }

@@ -54,7 +54,9 @@ func (s *Session) steer(now time.Time) {
 	}
 	s.bucket.observe(wire)
 	sample.delivered, sample.busy = s.delivered, !s.starved
-	s.bucket.governor = float64(s.steering.governor.observe(now.Sub(s.steering.began), sample))
+	if !s.link.lost {
+		s.bucket.governor = float64(s.steering.governor.observe(now.Sub(s.steering.began), sample))
+	}
 	s.wake(Memory)
 
 	if !s.dialled || s.redial == nil || s.steering.dialling || s.link.lost || !s.link.proven || now.Sub(s.steering.striped) < stripeEvery {
