@@ -18,6 +18,7 @@ type offer struct {
 	sums    []compress.Fingerprint // of the units
 	firsts  []compress.Fingerprint // of their first pages, if they are blocks
 	found   []compress.Origin      // likewise
+	same    []bool                 // likewise: found where it will stand
 	buf     []byte                 // the units' content, one after the other
 	pages   []compress.Fingerprint // of the pages in buf
 	done    chan struct{}          // closed when the answer is sent
@@ -39,7 +40,7 @@ func (o *offers) take(ctx context.Context, acks frameWriter, body []byte) error 
 	if len(o.open) == maxOffers || o.open[id] != nil {
 		return fmt.Errorf("%w: offer %d, with %d that are not applied", ErrFrame, id, len(o.open))
 	}
-	x.found, x.done = make([]compress.Origin, len(x.sums)), make(chan struct{})
+	x.found, x.same, x.done = make([]compress.Origin, len(x.sums)), make([]bool, len(x.sums)), make(chan struct{})
 	o.open[id] = x
 	o.t.beside.Go(func() {
 		defer close(x.done)
@@ -118,7 +119,7 @@ func (t *Target) lookSame(ctx context.Context, x *offer) {
 		for range e.length / x.unit {
 			// What can't be read is not held.
 			if err == nil && x.isUnit(i) {
-				x.found[i] = compress.OnOld
+				x.found[i], x.same[i] = compress.OnOld, true
 			}
 			i++
 		}
@@ -152,7 +153,7 @@ func (o *offers) apply(w *writers, body []byte) error {
 			}
 			switch n := len(runs); {
 			case where == compress.Nowhere:
-			case where == compress.OnOld && o.t.stale.get(p):
+			case x.same[i*page/x.unit] && o.t.stale.get(p):
 				// It stands there since before the move.
 				o.t.stale.clear(p, p+1)
 				o.t.skipped.Add(page)

@@ -78,6 +78,43 @@ func TestOlderCopy(t *testing.T) {
 	}
 }
 
+// What is in another older thing, as the memory that the guest had, is older content too. It
+// is not where it will stand, where there is something else.
+func TestOlderContentElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const n = 4 << 20
+		content := noise(1, n)
+		stale := bytes.Clone(content)
+		for at := 0; at < n; at += 5 * page {
+			copy(stale[at:], noise(uint64(at)+2, page))
+		}
+		memory := make([]byte, 0, 2*n) // in another order
+		for at := n - page; at >= 0; at -= page {
+			memory = append(memory, content[at:at+page]...)
+		}
+		d := &disk{content: stale}
+		x := newTransfer(t, d, newBudget(t, 2*n, 0))
+		have := newContent(t, n)
+		have.Seed(newArraySeed(memory), compress.OnOld)
+		x.target = NewTarget(d, have, true)
+		x.outbox.bulk = true
+		x.start(t.Context())
+		synctest.Wait()
+		mustWrite(t, x.outbox, content, 0)
+		synctest.Wait()
+		x.outbox.Covered()
+		if err := errors.Join(x.finish(), x.settled()); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(d.content, content) {
+			t.Error("what was found elsewhere was not written")
+		}
+		if s := x.outbox.Stats(); s.Held != n || s.Reduction.Old.Bytes != n {
+			t.Errorf("%d of %d bytes are held, %d in what is older", s.Held, n, s.Reduction.Old.Bytes)
+		}
+	})
+}
+
 // arraySeed is an image whose index is complete.
 type arraySeed struct {
 	*disk

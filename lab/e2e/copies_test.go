@@ -132,7 +132,7 @@ func TestOlderCopies(t *testing.T) {
 
 	// An attempt that is given up and forgotten.
 	move = w.beginAt(lab.RemoteDC, "returner", lab.LocalDC)
-	w.await(lab.RemoteDC, move, "disks on their way", func(s migrate.Status) bool { return len(s.Disks) > 0 && s.Disks[0].Done > 8<<20 })
+	w.await(lab.RemoteDC, move, "disks on their way", func(s migrate.Status) bool { return len(s.Disks) > 0 && s.Disks[0].Sent > 4<<20 })
 	w.wanmig(lab.RemoteDC, "cancel", move)
 	w.await(lab.RemoteDC, move, "its end", final)
 	if kept := w.copies(lab.LocalDC); len(kept) == 0 {
