@@ -70,7 +70,7 @@
 // its pages, and after it that of the first page. held answers with two bits for each, the
 // first the lowest of the first byte: 0 where the destination does not have the
 // content, else 1 for a disk of the move, 2 for an image that its operator has
-// listed, 3 for the same place. apply writes that; its place among the frames is
+// listed, 3 for the same place or other content that the guest left. apply writes that; its place among the frames is
 // what counts, not the offer's. At most 64 offers may wait for their apply, after
 // which the id is free: the destination keeps up to 64 MiB for them.
 //

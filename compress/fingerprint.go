@@ -43,7 +43,7 @@ const (
 	Nowhere Origin = iota // it has to be sent
 	OnDisk                // on a disk of the move, as far as that has come
 	OnSeed                // in an image that the destination's operator has listed
-	OnOld                 // in an older copy of the disk, at the same place
+	OnOld                 // in what the guest left here: an older copy of the disk, at the same place, or its memory
 )
 
 func (o Origin) String() string {
