@@ -242,9 +242,9 @@ func TestSimulatorCatchesABrokenRule(t *testing.T) {
 }
 
 func TestForeignEventsChangeNothing(t *testing.T) {
-	states := []State{Owner, Offered, Released, Returned, Receiver, Accepted, Running, Aborted, "nonsense"}
+	states := []State{Owner, Offered, Claimed, Released, Returned, Abandoned, Split, Receiver, Accepted, Running, Aborted, "nonsense"}
 	for _, s := range states {
-		for e := Ready; e <= Asked; e++ {
+		for e := Ready; e <= AbandonHere; e++ {
 			next, actions, err := Step(s, e)
 			if err != nil && (next != s || actions != nil) {
 				t.Errorf("%v in %q: an error, and yet state %q and actions %v", e, s, next, actions)
