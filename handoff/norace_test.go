@@ -1,0 +1,5 @@
+//go:build !race
+
+package handoff
+
+const randomRuns = 1_000_000
