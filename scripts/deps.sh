@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-packages="qemu-system-x86 qemu-utils libvirt-daemon libvirt-clients busybox-static libnbd-bin ovmf iproute2 e2fsprogs util-linux mount procps iputils-ping openssh-client mmdebstrap bind9 bind9-dnsutils bird2 nftables iperf3 conntrack git ca-certificates"
+packages="qemu-system-x86 qemu-utils libvirt-daemon libvirt-clients busybox-static libnbd-bin ovmf iproute2 e2fsprogs util-linux mount procps iputils-ping openssh-client mmdebstrap bind9 bind9-dnsutils bird2 nftables iperf3 conntrack git ca-certificates spin gcc libc6-dev"
 
 # Packages of daemons start them at once unless policy-rc.d forbids it (invoke-rc.d(8)). The lab runs its daemons by
 # itself, in network namespaces.
