@@ -4,5 +4,8 @@ package e2e
 
 import "time"
 
-// cutFor is the outage that docs/GUARANTEES.md states.
-const cutFor = time.Minute
+// cutFor and briefCut are the outage that docs/GUARANTEES.md states.
+const (
+	cutFor   = time.Minute
+	briefCut = cutFor
+)

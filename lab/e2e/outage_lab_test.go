@@ -4,5 +4,9 @@ package e2e
 
 import "time"
 
-// cutFor is longer than QUIC keeps a connection of whose peer it hears nothing.
-const cutFor = 35 * time.Second
+// cutFor is longer than QUIC keeps a connection of whose peer it hears nothing, and
+// briefCut longer than a session takes the link for up.
+const (
+	cutFor   = 35 * time.Second
+	briefCut = 12 * time.Second
+)

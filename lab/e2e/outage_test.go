@@ -19,25 +19,26 @@ func pending(s migrate.Status) (n int64) {
 	return n
 }
 
-// TestOutage cuts the link in each part of a move, for longer than QUIC keeps a
+// TestOutage cuts the link in each part of a move, once for longer than QUIC keeps a
 // connection. The move holds and says so, the guest runs on, and when the link is
 // back the move goes on where it was.
 func TestOutage(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		name string
+		cut  time.Duration
 		at   func(migrate.Status) bool
 	}{
-		{"disks in bulk", func(s migrate.Status) bool {
+		{"disks in bulk", cutFor, func(s migrate.Status) bool {
 			return s.Phase == migrate.PhaseSync && s.Memory.Stream == 0 && len(s.Disks) > 0 && s.Disks[0].Sent > 4<<20 && pending(s) > 4<<20
 		}},
-		{"disks and memory", func(s migrate.Status) bool {
+		{"disks and memory", briefCut, func(s migrate.Status) bool {
 			return s.Phase == migrate.PhaseSync && s.Memory.Stream > 1<<20 && pending(s) > 0
 		}},
-		{"first pass of memory", func(s migrate.Status) bool {
+		{"first pass of memory", briefCut, func(s migrate.Status) bool {
 			return s.Phase == migrate.PhaseSync && s.Memory.Round == 1 && s.Memory.Stream > 8<<20
 		}},
-		{"later passes of memory", func(s migrate.Status) bool {
+		{"later passes of memory", briefCut, func(s migrate.Status) bool {
 			return s.Phase == migrate.PhaseSync && s.Memory.Round > 1
 		}},
 	} {
@@ -50,7 +51,7 @@ func TestOutage(t *testing.T) {
 			began := w.await(lab.LocalDC, move, c.name, c.at)
 			w.cut(true)
 			t.Logf("cut in round %d, %d MiB of the stream sent, %d KiB pending", began.Memory.Round, began.Memory.Stream>>20, pending(began)>>10)
-			w.holds(v, move, cutFor)
+			w.holds(v, move, c.cut)
 			w.cut(false)
 			s := w.await(lab.LocalDC, move, "its end", final)
 			if s.Phase != migrate.PhaseDone {
@@ -62,8 +63,8 @@ func TestOutage(t *testing.T) {
 			if r.Resent*100 > r.WireBytesSent {
 				t.Errorf("%d of %d bytes were sent again: more than 1 %%", r.Resent, r.WireBytesSent)
 			}
-			if lost := time.Duration(r.LinkLostMS) * time.Millisecond; lost < cutFor/2 || lost > 2*cutFor {
-				t.Errorf("the move says that the link was gone for %v of %v", lost, cutFor)
+			if lost := time.Duration(r.LinkLostMS) * time.Millisecond; lost < c.cut/2 || lost > 2*c.cut {
+				t.Errorf("the move says that the link was gone for %v of %v", lost, c.cut)
 			}
 		})
 	}
