@@ -185,7 +185,7 @@ func (s *screen) waitFor(t *testing.T, want string) {
 	s.waitForAfter(t, "", want)
 }
 
-// waitForAfter waits until want is printed later than the last printed mark.
+// waitForAfter waits until want is printed later than the first printed mark.
 func (s *screen) waitForAfter(t *testing.T, mark, want string) {
 	t.Helper()
 	deadline := time.After(time.Minute)
@@ -195,7 +195,7 @@ func (s *screen) waitForAfter(t *testing.T, mark, want string) {
 		text := s.text.String()
 		s.mu.Unlock()
 		if from < 0 {
-			from = strings.LastIndex(text, mark) + len(mark)
+			from = strings.Index(text, mark) + len(mark)
 			if mark == "" {
 				from = 0
 			}
