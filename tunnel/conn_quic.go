@@ -42,9 +42,14 @@ type quicConn struct {
 	*quic.Stream
 }
 
-// dialQUIC returns a connection to peer that is not greeted yet.
-func (e *Endpoint) dialQUIC(ctx context.Context, addr netip.AddrPort, peer ID) (*quicConn, error) {
-	conn, err := e.dialConn(ctx, addr, peer, sessionProtocol)
+// dialQUIC returns a connection to peer that is not greeted yet: from the port that
+// all of the agent's share, or apart from them, from one of its own.
+func (e *Endpoint) dialQUIC(ctx context.Context, addr netip.AddrPort, peer ID, apart bool) (*quicConn, error) {
+	dial := e.dialConn
+	if apart {
+		dial = e.dialApart
+	}
+	conn, err := dial(ctx, addr, peer, sessionProtocol)
 	if err != nil {
 		return nil, err
 	}
@@ -54,6 +59,44 @@ func (e *Endpoint) dialQUIC(ctx context.Context, addr netip.AddrPort, peer ID) (
 		return nil, err
 	}
 	return &quicConn{conn, stream}, nil
+}
+
+// dialApart is dialConn from a socket of the connection's own, with any port. Routers
+// that spread flows over several links, and a NAT that has lost its way, take the
+// connections of one port for one flow.
+func (e *Endpoint) dialApart(ctx context.Context, addr netip.AddrPort, peer ID, protocol string) (*quic.Conn, error) {
+	shared, ok := e.socket.(*net.UDPConn)
+	if !ok {
+		return e.dialConn(ctx, addr, peer, protocol)
+	}
+	local := shared.LocalAddr().(*net.UDPAddr)
+	family := "udp"
+	if local.IP.To4() != nil {
+		family = "udp4"
+	}
+	socket, err := net.ListenUDP(family, &net.UDPAddr{IP: local.IP, Zone: local.Zone})
+	if err != nil {
+		return nil, fmt.Errorf("a port of its own: %w", err)
+	}
+	transport := &quic.Transport{Conn: socket}
+	tlsConfig := e.tlsConfig(func(id ID) bool { return id == peer }, protocol)
+	conn, err := transport.Dial(ctx, net.UDPAddrFromAddrPort(addr), tlsConfig, e.quicConfig())
+	if err == nil {
+		err = e.run(func() {
+			<-conn.Context().Done()
+			transport.Close()
+			socket.Close()
+		})
+		if err != nil {
+			conn.CloseWithError(closeReason, "the agent is stopping")
+		}
+	}
+	if err != nil {
+		transport.Close()
+		socket.Close()
+		return nil, err
+	}
+	return conn, nil
 }
 
 func (c *quicConn) transport() Transport { return QUIC }

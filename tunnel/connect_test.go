@@ -397,3 +397,28 @@ func (c countedConn) Write(b []byte) (int, error) {
 	*c.longest = max(*c.longest, len(b))
 	return c.Conn.Write(b)
 }
+
+// Every second carrier over QUIC has a port of its own, which closes with it.
+func TestCarriersComeFromSeveralPorts(t *testing.T) {
+	idA, idB := testIdentity(t), testIdentity(t)
+	a, _ := listen(t, "127.0.0.1:0", idA, only(idB.ID()))
+	b, _ := listen(t, "127.0.0.1:0", idB, only(idA.ID()))
+	from, to := connectOver(t, a, b, QUIC)
+	for range 4 {
+		if err := from.addCarrier(QUIC); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ports := map[string]int{}
+	for len(to.Link().Carriers) < 5 {
+		time.Sleep(10 * time.Millisecond)
+	}
+	for _, c := range to.Link().Carriers {
+		ports[c.Remote]++
+	}
+	if len(ports) != 3 || ports[a.Addr().String()] != 3 {
+		t.Errorf("the carriers come from %v, the agent listens at %s", ports, a.Addr())
+	}
+	from.Close("done")
+	<-to.Done()
+}

@@ -356,7 +356,7 @@ func (e *Endpoint) tryConn(ctx context.Context, a attempt, peer ID, h hello) (gr
 	if a.transport == TCP {
 		c, err = opened(e.dialTCP(ctx, a.addr, peer, a.narrow))
 	} else {
-		c, err = opened(e.dialWatched(ctx, a.addr, peer))
+		c, err = opened(e.dialWatched(ctx, a.addr, peer, h.apart()))
 	}
 	if err != nil {
 		return greeted{}, err
@@ -373,9 +373,9 @@ func (e *Endpoint) tryConn(ctx context.Context, a attempt, peer ID, h hello) (gr
 }
 
 // dialWatched is dialQUIC, ended when the network says that nothing is there.
-func (e *Endpoint) dialWatched(ctx context.Context, addr netip.AddrPort, peer ID) (c *quicConn, err error) {
+func (e *Endpoint) dialWatched(ctx context.Context, addr netip.AddrPort, peer ID, apart bool) (c *quicConn, err error) {
 	err = e.handshake(ctx, addr, peer, func(ctx context.Context, addr netip.AddrPort, peer ID) error {
-		c, err = e.dialQUIC(ctx, addr, peer)
+		c, err = e.dialQUIC(ctx, addr, peer, apart)
 		return err
 	})
 	return c, err

@@ -61,7 +61,8 @@
 //	4       16    token of the session
 //	20            bytes of later versions; ignored
 //
-// No number is used twice in a session. The side that has dialled it uses even
+// Over QUIC a dialer sends from the port where it listens, or for every second carrier from
+// another one. No number is used twice in a session. The side that has dialled it uses even
 // ones, from 0; the other, which may dial too when the link was lost, odd ones.
 //
 // # Frames of a carrier

@@ -31,6 +31,11 @@ type hello struct {
 	transport Transport
 }
 
+// apart says whether the carrier comes from a port of its own over QUIC: every second
+// one that is made does, so that a firewall which lets only the agents' port through,
+// or a NAT that has forgotten that one, costs one attempt.
+func (h hello) apart() bool { return h.carrier/2%2 == 1 }
+
 func (h hello) append(b []byte) []byte {
 	b = appendGreetHead(b, helloSize)
 	b = append(b, h.token[:]...)
