@@ -170,6 +170,7 @@ func (s *Session) look(now time.Time) {
 			s.log.Info("the link is back", "peer", s.peer)
 			s.steering.governor = governor{polite: s.steering.governor.polite} // of a link as it is now
 			s.bucket.governor = 0
+			s.steering.startup = startup{}
 		}
 	}
 	for _, c := range slices.Clone(s.carriers) {

@@ -183,7 +183,7 @@ func (c *carrier) starved(now time.Time) bool {
 func (s *Session) flightMost() int {
 	rate := s.bucket.governor
 	if rate == 0 {
-		return flightBytes
+		return s.steering.startup.flight(s.steering.governor.minRTT)
 	}
 	most := rate * max(flightTrips*s.steering.governor.minRTT, flightTime).Seconds()
 	return int(max(flightLeast, min(flightBytes, most)))

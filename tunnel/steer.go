@@ -13,6 +13,36 @@ type steering struct {
 	striped  time.Time
 	dialling bool
 	failed   [TCP + 1]time.Time // when a transport could not be dialled last
+	startup  startup
+}
+
+// startup bounds what is on its way until the governor knows the link: carriers
+// that begin together, each with a slow start of its own, would overflow the link's
+// queue many times over. As in slow start it is twice what one round trip has brought.
+type startup struct {
+	at        [2]time.Time // of the last looks
+	delivered [2]uint64    // and how much the peer had
+	best      float64      // bytes per second
+}
+
+func (u *startup) observe(now time.Time, delivered uint64) {
+	if span := now.Sub(u.at[0]).Seconds(); !u.at[0].IsZero() && span > 0 {
+		u.best = max(u.best, float64(delivered-u.delivered[0])/span)
+	}
+	u.at = [2]time.Time{u.at[1], now}
+	u.delivered = [2]uint64{u.delivered[1], delivered}
+}
+
+const (
+	startFlight = 256 << 10
+	startTrips  = 2
+	leastTrip   = 20 * time.Millisecond // acknowledgements take their time
+)
+
+// flight is how many bytes may be on their way, over a path with that round trip.
+func (u *startup) flight(rtt time.Duration) int {
+	most := startFlight + startTrips*u.best*max(rtt, leastTrip).Seconds()
+	return int(min(flightBytes, most))
 }
 
 const (
@@ -53,6 +83,7 @@ func (s *Session) steer(now time.Time) {
 		k.carriers++
 	}
 	s.bucket.observe(wire)
+	s.steering.startup.observe(now, s.delivered)
 	sample.delivered, sample.busy = s.delivered, !s.starved
 	if !s.link.lost {
 		s.bucket.governor = float64(s.steering.governor.observe(now.Sub(s.steering.began), sample))
