@@ -234,8 +234,8 @@ const (
 	flightLeast = 4 * maxData
 
 	maxEchoes  = 64
-	hedgeMost  = 64
-	hedgeFloor = 200 * time.Millisecond
+	hedgeMost  = 16
+	hedgeFloor = 300 * time.Millisecond
 )
 
 // patience is how long a carrier may bring nothing before others help it.
