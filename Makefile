@@ -3,6 +3,7 @@
 #   make demo    a VM crosses an emulated WAN with its disks     (root; installs what it needs)
 #   make test    everything, lab tests with real guests included (root; installs what it needs)
 #   make unit    what needs no privileges, in seconds
+#   make soak    the long forms of the lab tests: hundreds of faults (root; an hour or two)
 #   make bench   measurements; RUN=TestLink for one of them
 
 GO      ?= go
@@ -10,7 +11,7 @@ VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -X github.com/wanmig/wanmig/agent.Version=$(VERSION)
 export CGO_ENABLED = 0
 
-.PHONY: deps build demo test unit lab lint bench clean
+.PHONY: deps build demo test unit lab soak lint bench clean
 
 deps:
 	sh scripts/deps.sh
@@ -30,9 +31,12 @@ unit:
 lab: build
 	sh scripts/labtest.sh
 
+soak: deps build
+	sh scripts/soak.sh
+
 lint:
 	@fmt=$$(gofmt -l .); test -z "$$fmt" || { echo "gofmt would change: $$fmt"; exit 1; }
-	$(GO) vet -tags lab,bench ./... # with every file that has one of these tags, or none
+	$(GO) vet -tags lab,bench,soak ./... # with every file that has one of these tags, or none
 
 bench: deps build
 	sh scripts/bench.sh

@@ -134,7 +134,7 @@ func loop(t *testing.T, size int64) string {
 	return dev
 }
 
-// TestRoundTrip moves one guest under load back and forth, twenty times.
+// TestRoundTrip moves one guest under load back and forth: some times, and twenty in a soak.
 func TestRoundTrip(t *testing.T) {
 	t.Parallel() // beside the redirects, which mostly wait
 	w := newWorld(t, "400mbit", "20ms")
@@ -142,7 +142,10 @@ func TestRoundTrip(t *testing.T) {
 		Dirty: 4 << 20, Write: 1 << 20, WorkingSet: 32 << 20})
 	sites := [2]string{lab.LocalDC, lab.RemoteDC}
 	var downtimes []int64
-	const moves = 20
+	moves := 6
+	if soaking {
+		moves = 20
+	}
 	for i := range moves {
 		from, to := sites[i%2], sites[(i+1)%2]
 		r := w.move(from, "traveller", to)
