@@ -47,7 +47,10 @@ func (e *Engine) serve(ctx context.Context, session *tunnel.Session) error {
 	if err := ctl.expect(greetCtx, kindHello, &theirs); err != nil {
 		return err
 	}
-	if err := ctl.send(greetCtx, kindHello, e.hello(greetCtx)); err != nil {
+	mine := e.hello(ctx)
+	greetCtx, cancel = context.WithTimeout(ctx, greetTimeout)
+	defer cancel()
+	if err := ctl.send(greetCtx, kindHello, mine); err != nil {
 		return err
 	}
 	if theirs.Protocol != Protocol {

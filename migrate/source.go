@@ -180,8 +180,14 @@ func (e *Engine) greet(ctx context.Context, session *tunnel.Session) (*control, 
 	return c, theirs, nil
 }
 
+// infoTimeout bounds how long libvirtd may take to describe itself: one that was
+// just started looks at its QEMU first.
+const infoTimeout = 30 * time.Second
+
 func (e *Engine) hello(ctx context.Context) hello {
 	h := hello{Protocol: Protocol, Version: e.Version, Site: e.Site, Time: time.Now()}
+	ctx, cancel := context.WithTimeout(ctx, infoTimeout)
+	defer cancel()
 	info, err := e.Host.Info(ctx)
 	if err != nil {
 		h.Problem = err.Error()
