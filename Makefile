@@ -11,7 +11,7 @@ VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -X github.com/wanmig/wanmig/agent.Version=$(VERSION)
 export CGO_ENABLED = 0
 
-.PHONY: deps build demo test unit lab soak lint bench clean
+.PHONY: deps build faults demo test unit lab soak lint bench clean
 
 deps:
 	sh scripts/deps.sh
@@ -19,6 +19,11 @@ deps:
 build:
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 	$(GO) build -trimpath -ldflags '-s -w' -o bin/wanlab-guest ./lab/guest
+
+# What tests let stop at exact points, see faults/doc.go: one, and the release after it.
+faults:
+	$(GO) build -trimpath -tags faults -ldflags '$(LDFLAGS)' -o bin/faults/wanmig ./cmd/wanmig
+	$(GO) build -trimpath -tags faults -ldflags '$(LDFLAGS)-next' -o bin/faults/wanmig-next ./cmd/wanmig
 
 demo: deps build
 	sh scripts/demo.sh
@@ -28,15 +33,15 @@ test: deps build lint lab
 unit:
 	$(GO) test ./...
 
-lab: build
+lab: build faults
 	sh scripts/labtest.sh
 
-soak: deps build
+soak: deps build faults
 	sh scripts/soak.sh
 
 lint:
 	@fmt=$$(gofmt -l .); test -z "$$fmt" || { echo "gofmt would change: $$fmt"; exit 1; }
-	$(GO) vet -tags lab,bench,soak ./... # with every file that has one of these tags, or none
+	$(GO) vet -tags lab,bench,soak,faults ./... # with every file that has one of these tags, or none
 
 bench: deps build
 	sh scripts/bench.sh

@@ -12,6 +12,7 @@ import (
 
 	"github.com/wanmig/wanmig/blocksync/nbd"
 	"github.com/wanmig/wanmig/compress"
+	"github.com/wanmig/wanmig/faults"
 )
 
 // page is the smallest hole that a file system makes, and the unit in which a
@@ -349,6 +350,9 @@ func (t *Target) write(w *writers, where extent, content []byte) {
 	pieces := t.pieces(where, *buf)
 	w.run(where, buf, func() error {
 		for _, p := range pieces {
+			if err := faults.Err("disk-write"); err != nil {
+				return err
+			}
 			if err := t.dev.WriteAt(w.ctx, (*buf)[p.offset-where.offset:p.end()-where.offset], p.offset, false); err != nil {
 				return err // names the disk, the request and where
 			}

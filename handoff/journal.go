@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
+
+	"github.com/wanmig/wanmig/faults"
 )
 
 // Entry is the durable record of one side of a move.
@@ -87,7 +89,12 @@ func (j *Journal) Put(e Entry) error {
 	if err != nil {
 		return fmt.Errorf("journal move %s: %w", e.Move, err)
 	}
-	err = j.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Put([]byte(e.Move), b) })
+	if err = faults.Err(string(e.State) + "-recording"); err == nil {
+		err = j.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Put([]byte(e.Move), b) })
+	}
+	if err == nil {
+		err = faults.Err(string(e.State) + "-recorded")
+	}
 	if err != nil {
 		return fmt.Errorf("journal move %s: %w", e.Move, err)
 	}

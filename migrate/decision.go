@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/wanmig/wanmig/faults"
 	"github.com/wanmig/wanmig/handoff"
 )
 
@@ -56,9 +57,11 @@ func (s *source) step(ev handoff.Event, cause error) error {
 				return err
 			}
 		case handoff.SendOffer:
+			faults.At("offer")
 			if err := s.ctl.send(ctx, kindOffer, offer{Cookie: s.cookie}); err != nil {
 				s.log.Warn("the offer may not have arrived, asking", "error", err)
 			}
+			faults.At("offer-sent")
 		case handoff.Resume:
 			cause = s.resume(ctx, cause)
 		case handoff.Release:
@@ -130,6 +133,7 @@ func (s *source) resume(ctx context.Context, cause error) error {
 	if s.entry.State == handoff.Owner && !s.aborted {
 		s.tellCancel(ctx, cause)
 	}
+	faults.At("resume")
 	if s.out != nil {
 		if err := s.out.Confirm(ctx, nil, true); err != nil {
 			s.log.Warn("libvirt's Confirm", "error", err)
@@ -191,9 +195,11 @@ func (s *source) awaitAborted() {
 func (s *source) releaseGuest(ctx context.Context) error {
 	s.move.phase(PhaseSettle)
 	s.standRedirect()
+	faults.At("confirm")
 	if err := s.out.Confirm(ctx, nil, false); err != nil {
 		s.log.Warn("libvirt's Confirm, clearing the source by hand", "error", err)
 	}
+	faults.At("confirmed")
 	s.out.Close()
 	if s.memory != nil {
 		if err := s.memory.close(); err != nil {

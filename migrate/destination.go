@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/wanmig/wanmig/faults"
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/tunnel"
@@ -70,7 +71,7 @@ func (e *Engine) converse(ctx context.Context, session *tunnel.Session, ctl *con
 		}
 		switch kind {
 		case kindPing:
-			err = ctl.send(ctx, kindPong, ping{time.Now()})
+			err = ctl.send(ctx, kindPong, ping{faults.Now()})
 		case kindCheck:
 			var ask check
 			if err = decode(body, &ask); err == nil {

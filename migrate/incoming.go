@@ -12,6 +12,7 @@ import (
 
 	"github.com/wanmig/wanmig/blocksync"
 	"github.com/wanmig/wanmig/blocksync/seed"
+	"github.com/wanmig/wanmig/faults"
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/tunnel"
@@ -240,6 +241,7 @@ func (in *incoming) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	faults.At("prepared")
 	return in.ctl.send(ctx, kindPrepared, prepared{Cookie: in.virt.Cookie, PageStore: in.PageStore})
 }
 
@@ -315,7 +317,7 @@ func (in *incoming) control(ctx context.Context) {
 			}
 			in.tell(ctx, inEvent{offer: o})
 		case kindPing:
-			if err := in.ctl.send(ctx, kindPong, ping{time.Now()}); err != nil {
+			if err := in.ctl.send(ctx, kindPong, ping{faults.Now()}); err != nil {
 				in.broken(ctx, "session to the source", err)
 				return
 			}
@@ -391,6 +393,7 @@ func (in *incoming) accept(ctx context.Context) {
 	}
 	journaled := time.Now()
 	in.Redirects.Resuming(in.ask.Move)
+	faults.At("finish")
 	finishCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
 	if err := in.virt.Finish(finishCtx, in.cookie, false); err != nil {
@@ -402,12 +405,14 @@ func (in *incoming) accept(ctx context.Context) {
 		}
 	}
 	resumed := time.Now()
+	faults.At("finished")
 	in.step(ctx, handoff.Resumed, nil)
 	ms := func(from, to time.Time) float64 { return max(0, float64(to.Sub(from).Microseconds())/1000) }
 	drained := latest(in.durableAt, in.offeredAt)
 	loaded := latest(in.loadedAt, drained)
 	in.reply(kindRunning, running{DrainMS: ms(in.offeredAt, drained), LoadMS: ms(drained, loaded) + ms(loaded, start),
 		JournalMS: ms(start, journaled), FinishMS: ms(journaled, resumed), Paused: in.ask.Paused})
+	faults.At("told")
 	in.virt.Close()
 	in.Redirects.Decide(in.ask.Move, true)
 	if in.ask.Persist && in.ask.Autostart {
@@ -464,6 +469,7 @@ func latest(a, b time.Time) time.Time {
 func (in *incoming) discard() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
+	faults.At("discard")
 	in.Redirects.Decide(in.ask.Move, false)
 	if in.virt != nil {
 		if err := in.virt.Finish(ctx, nil, true); err != nil {
@@ -476,4 +482,5 @@ func (in *incoming) discard() {
 		in.log.Error("incoming guest not cleared", "error", err)
 	}
 	in.kept = Kept{Bytes: bytes, Until: time.Now().Add(in.Keep)}
+	faults.At("discarded")
 }

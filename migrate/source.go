@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/wanmig/wanmig/faults"
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/tunnel"
@@ -185,7 +186,7 @@ func (e *Engine) greet(ctx context.Context, session *tunnel.Session) (*control, 
 const infoTimeout = 30 * time.Second
 
 func (e *Engine) hello(ctx context.Context) hello {
-	h := hello{Protocol: Protocol, Version: e.Version, Site: e.Site, Time: time.Now()}
+	h := hello{Protocol: Protocol, Version: e.Version, Site: e.Site, Time: faults.Now()}
 	ctx, cancel := context.WithTimeout(ctx, infoTimeout)
 	defer cancel()
 	info, err := e.Host.Info(ctx)

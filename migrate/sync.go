@@ -11,6 +11,7 @@ import (
 
 	"github.com/wanmig/wanmig/blocksync"
 	"github.com/wanmig/wanmig/blocksync/nbd"
+	"github.com/wanmig/wanmig/faults"
 	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/memsync"
 	"github.com/wanmig/wanmig/tunnel"
@@ -242,6 +243,7 @@ func (sy *syncer) watchRedirect() {
 // stream is not understood all but its beginning does.
 func (sy *syncer) mayRead() bool {
 	l := sy.load()
+	faults.At(passOf(l))
 	if !memoryMayRead(l) {
 		return false
 	}
@@ -262,6 +264,14 @@ func (sy *syncer) mayRead() bool {
 		return false
 	}
 	return true
+}
+
+// passOf names the point where a fault may wait.
+func passOf(l load) string {
+	if l.FirstPassLeft > 0 || l.RAM == 0 {
+		return "first-pass"
+	}
+	return "later-pass"
 }
 
 // guardOpaque makes the mirrors' flushes wait for the destination when the
@@ -322,6 +332,7 @@ func (sy *syncer) event(ev hypervisor.Event) {
 	sy.stand(ev.Time)
 	sy.s.switchRedirect()
 	sy.s.move.phase(PhaseHandoff)
+	faults.At("stopped")
 }
 
 // stand notes that the guest stands still: what remains of it goes before all else.
@@ -353,7 +364,7 @@ func (sy *syncer) keepVigil() {
 // ping asks the destination whether it is there.
 func (sy *syncer) ping() <-chan error {
 	sent := make(chan error, 1)
-	sy.work.Go(func() { sent <- sy.s.ctl.send(sy.ctx, kindPing, ping{time.Now()}) })
+	sy.work.Go(func() { sent <- sy.s.ctl.send(sy.ctx, kindPing, ping{faults.Now()}) })
 	return sent
 }
 
@@ -400,6 +411,7 @@ func (sy *syncer) tail() ([]byte, error) {
 	}
 	sy.seal() // not yet done when the stream passed opaque
 	close(sy.tailed)
+	faults.At("tailed")
 	return p.cookie, <-sy.watch
 }
 

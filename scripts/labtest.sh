@@ -20,6 +20,7 @@ tests() { # JOBS PACKAGES...
 	shift
 	go test -tags lab -count=1 -p "$jobs" -parallel 3 -timeout 14m -run "${RUN:-.}" -v "$@" >>"$log" 2>&1 || status=$?
 }
+go test -tags faults -count=1 -v ./faults >>"$log" 2>&1 || status=$?
 # shellcheck disable=SC2046
 tests 4 $(go list ./... | grep -vE '/lab(/e2e)?$')
 tests 1 ./lab ./lab/e2e
