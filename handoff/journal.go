@@ -1,12 +1,13 @@
 package handoff
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"sort"
+	"slices"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -24,18 +25,26 @@ type Entry struct {
 	Peer    string    `json:"peer"` // the other side's ID
 	Started time.Time `json:"started"`
 	Changed time.Time `json:"changed"`
+	Seq     uint64    `json:"seq"` // orders the entries, whatever the clock does; Put sets it
 
 	// Source: what is left to do once the guest is released.
 	Persistent bool     `json:"persistent,omitempty"`
 	Paused     bool     `json:"paused,omitempty"` // it was paused before the move
 	NVRAM      bool     `json:"nvram,omitempty"`  // it has UEFI variables of its own
 	Remove     []string `json:"remove,omitempty"` // disks to remove after release
+	Autostart  bool     `json:"autostart,omitempty"`
+	Boot       string   `json:"boot,omitempty"` // of the host, when it began
+
+	// XML is the domain's definition, of a transient one its description: what it
+	// is started from when its host was down. At the source of a persistent domain
+	// it is the only one from the handoff on, until the move is over.
+	XML string `json:"xml,omitempty"`
 
 	Keep []Copy `json:"keep,omitempty"` // disks that stay, as an operator asked
 
-	// Destination: what the move made there, removed when it is aborted, and the
-	// images that are kept for a next attempt instead. Those that stood there
-	// before are in the second only.
+	// Destination: what the move made there, removed when it is aborted (then there
+	// is none any more), and the images that are kept for a next attempt instead.
+	// Those that stood there before are in the second only.
 	Created  []string `json:"created,omitempty"`
 	Arriving []Copy   `json:"arriving,omitempty"`
 
@@ -85,12 +94,9 @@ func (j *Journal) Close() error { return j.db.Close() }
 // Put makes an entry durable: it is on the disk when Put returns nil.
 func (j *Journal) Put(e Entry) error {
 	e.Changed = time.Now().UTC()
-	b, err := json.Marshal(e)
-	if err != nil {
-		return fmt.Errorf("journal move %s: %w", e.Move, err)
-	}
-	if err = faults.Err(string(e.State) + "-recording"); err == nil {
-		err = j.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(bucket).Put([]byte(e.Move), b) })
+	err := faults.Err(string(e.State) + "-recording")
+	if err == nil {
+		err = j.put(e)
 	}
 	if err == nil {
 		err = faults.Err(string(e.State) + "-recorded")
@@ -99,6 +105,33 @@ func (j *Journal) Put(e Entry) error {
 		return fmt.Errorf("journal move %s: %w", e.Move, err)
 	}
 	return nil
+}
+
+func (j *Journal) put(e Entry) error {
+	return j.db.Update(func(tx *bbolt.Tx) error {
+		moves := tx.Bucket(bucket)
+		before, err := seqOf(moves.Get([]byte(e.Move)))
+		if e.Seq = before; e.Seq == 0 && err == nil {
+			e.Seq, err = moves.NextSequence()
+		}
+		if err != nil {
+			return err
+		}
+		b, err := json.Marshal(e)
+		if err != nil {
+			return err
+		}
+		return moves.Put([]byte(e.Move), b)
+	})
+}
+
+// seqOf reads the number of an entry that is there, or gives 0.
+func seqOf(b []byte) (uint64, error) {
+	var e struct{ Seq uint64 }
+	if b == nil {
+		return 0, nil
+	}
+	return e.Seq, json.Unmarshal(b, &e)
 }
 
 // Get returns the entry of a move, or ErrNoEntry.
@@ -117,6 +150,18 @@ func (j *Journal) Get(move string) (Entry, error) {
 	return e, nil
 }
 
+// Latest reports whether no later move of the entry's guest is in the journal.
+func (j *Journal) Latest(e Entry) (bool, error) {
+	all, err := j.All()
+	later := false
+	for _, o := range all {
+		if o.UUID == e.UUID {
+			later = o.Move != e.Move
+		}
+	}
+	return !later, err
+}
+
 // All returns every entry, oldest first.
 func (j *Journal) All() ([]Entry, error) {
 	var all []Entry
@@ -133,7 +178,9 @@ func (j *Journal) All() ([]Entry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read journal: %w", err)
 	}
-	sort.Slice(all, func(a, b int) bool { return all[a].Started.Before(all[b].Started) })
+	slices.SortFunc(all, func(a, b Entry) int {
+		return cmp.Or(cmp.Compare(a.Seq, b.Seq), a.Started.Compare(b.Started))
+	})
 	return all, nil
 }
 

@@ -41,9 +41,37 @@ func TestJournalKeepsEntries(t *testing.T) {
 	if got.Changed.IsZero() {
 		t.Error("no time of change")
 	}
-	got.Changed = want.Changed
+	if got.Seq == 0 {
+		t.Error("no number")
+	}
+	got.Changed, got.Seq = want.Changed, 0
 	if fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
+// The order of moves is that in which they were made, whatever the clock did.
+func TestJournalKnowsTheLatest(t *testing.T) {
+	j, err := OpenJournal(filepath.Join(t.TempDir(), "journal.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	noon := time.Unix(1e9, 0)
+	first, second := Entry{Move: "z", UUID: "u", Started: noon}, Entry{Move: "a", UUID: "u", Started: noon.Add(-time.Hour)}
+	for _, e := range []Entry{first, second, {Move: "m", UUID: "other", Started: noon}, first} { // the first one's end is recorded late
+		if err := j.Put(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for e, want := range map[string]bool{"z": false, "a": true, "m": true} {
+		entry, err := j.Get(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if last, err := j.Latest(entry); err != nil || last != want {
+			t.Errorf("%s is the latest: %v, %v", e, last, err)
+		}
 	}
 }
 
