@@ -17,6 +17,7 @@ import (
 //	GET    /v1/moves/{id}             migrate.Status
 //	GET    /v1/moves/{id}/watch       a migrate.Status per line, now and at each change, until the move is final or in doubt
 //	POST   /v1/moves/{id}/cancel      → 202; 409 when it is too late
+//	POST   /v1/moves/{id}/recover     Word → 204; 409 when it is not to be said of that move
 //	PUT    /v1/moves/{id}/limit       Limit → 204; by the move's ID, or the VM's name while it moves; 409 when it is over
 //	                                  or limited elsewhere
 //	GET    /v1/redirects              []netredirect.Status, oldest first
@@ -52,6 +53,11 @@ type Site struct {
 // Limit asks for another limit of a running move.
 type Limit struct {
 	Rate migrate.Limit `json:"rate"`
+}
+
+// Word is what an operator says of a move in doubt: one of migrate's words.
+type Word struct {
+	Word string `json:"word"`
 }
 
 // Cut asks for a tunnel to be removed now.

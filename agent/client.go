@@ -137,6 +137,12 @@ func (c *Client) CancelMove(ctx context.Context, id string) error {
 	return c.send(ctx, http.MethodPost, nil, "moves", id, "cancel")
 }
 
+// RecoverMove decides a move that is in doubt, by a word of migrate. An *APIError with
+// status 409 says why that word does not fit.
+func (c *Client) RecoverMove(ctx context.Context, id, word string) error {
+	return c.send(ctx, http.MethodPost, Word{word}, "moves", id, "recover")
+}
+
 // LimitMove changes how much of the link a move may use, by its ID or the name of
 // the VM. An *APIError with status 409 says that the move is over, or that its other
 // host limits it.

@@ -30,6 +30,7 @@ func (a *agent) routes() http.Handler {
 	mux.HandleFunc("GET /v1/moves/{id}", a.getMove)
 	mux.HandleFunc("GET /v1/moves/{id}/watch", a.watchMove)
 	mux.HandleFunc("POST /v1/moves/{id}/cancel", a.cancelMove)
+	mux.HandleFunc("POST /v1/moves/{id}/recover", a.recoverMove)
 	mux.HandleFunc("PUT /v1/moves/{id}/limit", a.limitMove)
 	mux.HandleFunc("GET /v1/redirects", a.getRedirects)
 	mux.HandleFunc("GET /v1/redirects/{move}", a.getRedirect)
@@ -241,6 +242,23 @@ func (a *agent) cancelMove(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.WriteHeader(http.StatusAccepted)
+}
+
+func (a *agent) recoverMove(w http.ResponseWriter, r *http.Request) {
+	var ask Word
+	if !receive(w, r, &ask) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), time.Minute)
+	defer cancel()
+	switch err := a.engine.Resolve(ctx, r.PathValue("id"), ask.Word); {
+	case errors.Is(err, migrate.ErrNoMove):
+		fail(w, http.StatusNotFound, err)
+	case err != nil:
+		fail(w, http.StatusConflict, err)
+	default:
+		w.WriteHeader(http.StatusNoContent)
+	}
 }
 
 func (a *agent) limitMove(w http.ResponseWriter, r *http.Request) {

@@ -2,6 +2,7 @@ package hypervisor
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -50,6 +51,30 @@ func (h *Host) Destroy(ctx context.Context, uuid string) error {
 		}
 		return l.DomainDestroyFlags(d, 0)
 	})
+}
+
+// Start runs a domain that is shut off, or defines it by its document before:
+// one that is not persistent is only run.
+func (h *Host) Start(ctx context.Context, uuid, xml string, persistent bool) error {
+	state, err := h.State(ctx, uuid)
+	switch {
+	case errors.Is(err, ErrNoDomain) && xml == "":
+		return err
+	case errors.Is(err, ErrNoDomain) && !persistent:
+		return h.call(ctx, "start", func(l *libvirt.Libvirt) error {
+			_, err := l.DomainCreateXML(xml, 0)
+			return err
+		})
+	case errors.Is(err, ErrNoDomain):
+		if err := h.Define(ctx, xml); err != nil {
+			return err
+		}
+	case err != nil:
+		return err
+	case state.Active():
+		return fmt.Errorf("start: domain %s is %s already", uuid, state)
+	}
+	return h.onDomain(ctx, "start", uuid, func(l *libvirt.Libvirt, d libvirt.Domain) error { return l.DomainCreate(d) })
 }
 
 // Undefine removes the domain's persistent definition, and its UEFI variables

@@ -129,7 +129,12 @@ func prepare(t *testing.T, src, dst *site, dom *Domain, m manner) *flight {
 			t.Fatal(err)
 		}
 	}
-	f.out, err = src.host.BeginOut(ctx, dom, OutOptions{DestXML: destXML, PersistXML: persistXML, Disks: f.disks, Persist: m.persist, Undefine: m.persist, Paused: m.paused})
+	if m.persist {
+		if err := src.host.Undefine(ctx, dom.UUID, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.out, err = src.host.BeginOut(ctx, dom, OutOptions{DestXML: destXML, PersistXML: persistXML, Disks: f.disks, Persist: m.persist, Paused: m.paused})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,7 +16,6 @@ type OutOptions struct {
 	PersistXML string   // its persistent definition, "" unless Persist
 	Disks      []string // targets to copy, such as "vda"; none: memory only
 	Persist    bool     // the domain becomes persistent at the destination
-	Undefine   bool     // its definition is removed here once Confirm killed it
 	Paused     bool     // it arrives paused; set it when the source is paused
 }
 
@@ -49,9 +48,6 @@ const (
 func (h *Host) BeginOut(ctx context.Context, dom *Domain, opt OutOptions) (*Outgoing, error) {
 	o := &Outgoing{host: h, uuid: dom.UUID, params: migrationParams(dom.Name, opt.Disks, opt.Persist, opt.PersistXML)}
 	o.flags = migrationFlags(opt.Disks, opt.Persist, opt.Paused) | libvirt.MigrateChangeProtection
-	if opt.Undefine {
-		o.flags |= libvirt.MigrateUndefineSource
-	}
 	var err error
 	if o.conn, err = dial(ctx, h.socket); err != nil {
 		return nil, err

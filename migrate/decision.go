@@ -21,9 +21,9 @@ func (s *source) handOff(ctx context.Context, sy *syncer, cookie []byte) error {
 		return s.step(handoff.Failed, fmt.Errorf("%w: free some space in the state folder and try again", err))
 	}
 	offered := time.Now()
-	decision, err := s.learn(ctx)
-	if err != nil {
-		return err
+	decision, word, ok := s.learn(ctx)
+	if !ok {
+		return s.askAlone(sy, word)
 	}
 	if decision.kind == kindAborted {
 		return s.step(handoff.AnswerAborted, s.gaveUp(decision))
@@ -39,12 +39,40 @@ func (s *source) handOff(ctx context.Context, sy *syncer, cookie []byte) error {
 	return s.step(handoff.AnswerRunning, nil)
 }
 
+// askAlone asks for the decision without the session, and hears what an operator
+// says meanwhile, and has said. It gives what is read at the move's end.
+func (s *source) askAlone(sy *syncer, word *said) (cause error) {
+	s.log.Warn("no decision in this session: asking the destination for it", "error", s.session.Err())
+	s.closeSession("the decision is asked for anew")
+	sy.stop()
+	u := s.undecided()
+	u.step = func(ctx context.Context, ev handoff.Event, why error) error {
+		before := s.entry.State
+		s.verified = sy.verified()
+		err := s.step(ev, why)
+		if s.entry.State != before {
+			cause, err = err, nil
+		}
+		return err
+	}
+	if word != nil {
+		word.reply <- u.hear(s.ctx, word.event)
+	}
+	u.run(s.ctx)
+	return cause
+}
+
+func (s *source) undecided() *undecided {
+	return &undecided{Engine: s.Engine, move: s.move, entry: &s.entry, log: s.log}
+}
+
 // step applies an event of the handoff and carries its actions out. It returns
 // what the operator reads: why the guest is not at the destination, or what is
 // left to do here. A cancelled move does not cancel them: only the destination
 // knows, from the offer on.
 func (s *source) step(ev handoff.Event, cause error) error {
-	next, actions, err := handoff.Step(s.entry.State, ev)
+	before := s.entry.State
+	next, actions, err := handoff.Step(before, ev)
 	if err != nil {
 		return errors.Join(cause, err)
 	}
@@ -66,59 +94,102 @@ func (s *source) step(ev handoff.Event, cause error) error {
 			cause = s.resume(ctx, cause)
 		case handoff.Release:
 			cause = s.releaseGuest(ctx)
+		case handoff.Start:
+			cause = s.startClaimed(ctx, cause)
+		case handoff.GiveUp:
+			s.letGo()
+			if err := s.Engine.end(ctx, s.entry); err != nil {
+				return err
+			}
+			s.standRedirect()
 		}
 	}
 	return cause
 }
 
-// recordState makes a state durable. That of a final state may fail: the next
-// start of the agent finds the move and ends it again, which does no harm.
+// recordState makes a state durable. What ends the move waits for that, and has
+// been done before; else an error means that nothing has changed.
 func (s *source) recordState(next handoff.State, cause error) error {
 	before := s.entry.State
-	if next.Final() {
-		s.entry.State = next
-		s.summarise(cause)
+	if !phaseOf(next).Final() {
+		return s.record(&s.entry, next, s.move)
 	}
-	err := s.record(&s.entry, next, s.move)
-	if err == nil {
+	was := s.move.Status()
+	s.entry.State = next
+	s.summarise(cause)
+	s.entry.State = before
+	if handoff.Recurs(before, next) {
+		_ = s.settle(s.log, &s.entry, next, s.move) // the next agent ends it again
+		s.entry.State = next
 		return nil
 	}
-	if !next.Final() {
-		s.entry.State = before
-		return err
+	err := s.record(&s.entry, next, s.move)
+	if err != nil {
+		s.move.update(func(st *Status) { *st = was })
 	}
-	s.log.Error("the move's end is not in the journal", "error", err)
-	return nil
+	return err
+}
+
+// letGo ends what ties the stopped guest to this move. It stays stopped.
+func (s *source) letGo() {
+	s.out.Close()
+	if s.memory != nil {
+		s.dropMemory(s.dom.UUID)
+	}
+}
+
+// startClaimed lets the guest run here, as an operator has said.
+func (s *source) startClaimed(ctx context.Context, cause error) error {
+	s.undoRedirect("the VM runs here, as an operator has said")
+	if err := s.out.Confirm(ctx, nil, true); err != nil {
+		s.log.Warn("libvirt's Confirm", "error", err)
+	}
+	s.letGo()
+	if err := s.startHere(ctx, s.entry); err != nil {
+		return fmt.Errorf("%w; and the guest is not running here: %w: say it again, or try virsh start %q", cause, err, s.dom.Name)
+	}
+	return cause
 }
 
 // decisionWait is how long the decision may take until the move counts as in doubt.
 const decisionWait = 30 * time.Second
 
-// learn waits for the decision, and asks for it when the session is gone. It
-// returns an error only when the agent stops: the journal then asks again.
-func (s *source) learn(ctx context.Context) (answer, error) {
+// learn waits for the decision. It reports false when it has to be asked for: the
+// session is gone, or an operator does not wait any longer, and has said what.
+func (s *source) learn(ctx context.Context) (answer, *said, bool) {
 	late, stopping := time.After(decisionWait), ctx.Done()
+	var inbox <-chan said
 	var latest <-chan time.Time
-	for open := true; open; {
+	doubt := func(why error) {
+		s.undecided().doubt(why)
+		inbox = s.move.inbox
+	}
+	watch := time.NewTicker(time.Second)
+	defer watch.Stop()
+	for {
 		select {
 		case a, ok := <-s.answers:
-			if ok && (a.kind == kindRunning || a.kind == kindAborted) {
-				return a, nil
+			if !ok {
+				return answer{}, nil, false
 			}
-			if ok {
-				s.log.Warn("unexpected control message", "kind", a.kind)
+			if a.kind == kindRunning || a.kind == kindAborted {
+				return a, nil, true
 			}
-			open = ok
-		case <-late:
-			s.move.doubt(fmt.Sprintf("no answer for %v; this agent goes on waiting", decisionWait))
+			s.log.Warn("unexpected control message", "kind", a.kind)
+		case <-late: // its disks may still be written there
+			doubt(fmt.Errorf("no answer for %v", decisionWait))
+		case <-watch.C:
+			if inbox == nil && s.lostFor() > doubtAfter {
+				doubt(errors.New("the link is lost"))
+			}
+		case word := <-inbox:
+			return answer{}, &word, false
 		case <-stopping: // the agent ends what it can
 			latest, stopping = time.After(decisionWait), nil
 		case <-latest:
-			return answer{}, errAsksAgain
+			return answer{}, nil, false
 		}
 	}
-	s.log.Warn("session lost with the offer out: asking the destination for its decision", "error", s.session.Err())
-	return s.ask(ctx, s.move, s.entry)
 }
 
 // resume lets the guest run here again, and gives the cause as an operator reads it.
@@ -146,6 +217,9 @@ func (s *source) resume(ctx context.Context, cause error) error {
 	case err != nil:
 		cause = fmt.Errorf("%w; and the guest is not running here: %w: try virsh resume %q", cause, err, s.dom.Name)
 	}
+	if err := s.restoreDefinition(ctx, s.entry); err != nil {
+		cause = fmt.Errorf("%w; and %w", cause, err)
+	}
 	s.awaitAborted()
 	return cause
 }
@@ -163,6 +237,14 @@ func (s *source) tellCancel(ctx context.Context, cause error) {
 
 // lost reports whether nothing carries the session now.
 func (s *source) lost() bool { return !s.session.Link().LostSince.IsZero() }
+
+// lostFor is how long nothing has carried the session.
+func (s *source) lostFor() time.Duration {
+	if s.session == nil || !s.lost() {
+		return 0
+	}
+	return time.Since(s.session.Link().LostSince)
+}
 
 // awaitAborted gives the destination time to say that it has cleaned up, so
 // that "rolled back" means both hosts.

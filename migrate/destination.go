@@ -87,7 +87,7 @@ func (e *Engine) converse(ctx context.Context, session *tunnel.Session, ctl *con
 		case kindQuery:
 			var ask query
 			if err = decode(body, &ask); err == nil {
-				kind, answer := e.decision(ask.Move, session.Peer())
+				kind, answer := e.decision(ctx, ask, session.Peer())
 				err = ctl.send(ctx, kind, answer)
 			}
 		case kindPrepare:
@@ -110,20 +110,39 @@ func (e *Engine) converse(ctx context.Context, session *tunnel.Session, ctl *con
 	}
 }
 
-// decision answers a source that asks what became of its move.
-func (e *Engine) decision(move string, peer tunnel.ID) (kind byte, body any) {
-	e.mu.Lock()
-	in := e.incoming[move]
-	e.mu.Unlock()
-	if in != nil && in.entry.Peer == string(peer) {
-		return in.asked(), reason{"asked"}
-	}
-	entry, err := e.Journal.Get(move)
+// decision answers a source that asks what became of its move, or tells that it
+// has the guest.
+func (e *Engine) decision(ctx context.Context, ask query, peer tunnel.ID) (kind byte, body any) {
+	entry, err := e.Journal.Get(ask.Move)
 	switch {
 	case errors.Is(err, handoff.ErrNoEntry) || err == nil && entry.Peer != string(peer):
-		return kindUnknown, reason{"no record of move " + move}
+		return kindUnknown, reason{"no record of move " + ask.Move}
 	case err != nil:
 		return kindUndecided, reason{err.Error()}
+	}
+	s := said{handoff.Asked, make(chan heard, 1)}
+	if ask.Claimed {
+		s.event = handoff.Overruled
+	}
+	ctx, cancel := context.WithTimeout(ctx, answerWait)
+	defer cancel()
+	if m, ok := e.Move(ask.Move); ok && !entry.State.Final() {
+		select {
+		case m.inbox <- s:
+			h := <-s.reply
+			if h.err != nil {
+				e.Log.Warn("the source's question is not answered", "move", ask.Move, "error", h.err)
+			}
+			if h.kind == kindUndecided {
+				break
+			}
+			return h.kind, reason{"asked"}
+		case <-m.Done():
+		case <-ctx.Done():
+		}
+		if entry, err = e.Journal.Get(ask.Move); err != nil {
+			return kindUndecided, reason{err.Error()}
+		}
 	}
 	switch entry.State {
 	case handoff.Running:
@@ -133,6 +152,9 @@ func (e *Engine) decision(move string, peer tunnel.ID) (kind byte, body any) {
 	}
 	return kindUndecided, reason{"the move stands at " + string(entry.State) + " there: see wanmig status at the destination"}
 }
+
+// answerWait is how long a source that asks waits for a move that is busy.
+const answerWait = 10 * time.Second
 
 // receive makes ready for a guest and stays with it until it runs or is discarded.
 func (e *Engine) receive(ctx context.Context, session *tunnel.Session, ctl *control, ask prepare) error {
@@ -153,10 +175,10 @@ func (e *Engine) receive(ctx context.Context, session *tunnel.Session, ctl *cont
 		awaitEnd(session)
 		return err
 	}
-	in := &incoming{Engine: e, move: m, ask: ask, session: session, ctl: ctl, events: make(chan inEvent), durable: make(chan struct{}), answered: kindUndecided,
+	in := &incoming{Engine: e, move: m, ask: ask, session: session, ctl: ctl, events: make(chan inEvent), durable: make(chan struct{}),
 		log: e.Log.With("move", ask.Move, "vm", ask.Name, "from", e.Known(session.Peer())),
 		entry: handoff.Entry{Move: ask.Move, VM: ask.Name, UUID: ask.UUID, Site: e.Known(session.Peer()),
-			Peer: string(session.Peer()), Started: m.Status().Started, Persistent: ask.Persist}}
+			Peer: string(session.Peer()), Started: m.Status().Started, Persistent: ask.Persist, Autostart: ask.Autostart, XML: ask.definition()}}
 	e.mu.Lock()
 	e.incoming[ask.Move] = in
 	e.mu.Unlock()

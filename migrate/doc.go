@@ -14,5 +14,7 @@
 //	plan.go         which disk goes where, and the checks of both hosts
 //	share.go        how memory and disks share the link
 //	meter.go        rates and the estimate of the time left
+//	decision.go     the handoff at the source, and its end
+//	undecided.go    either side while it does not know the end, and what operators say of it
 //	recover.go      what an agent finds in its journal when it starts
 package migrate

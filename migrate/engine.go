@@ -116,14 +116,7 @@ func statusOf(entry handoff.Entry) Status {
 	case handoff.Receiver, handoff.Accepted, handoff.Running, handoff.Aborted:
 		s.Role = "destination"
 	}
-	switch entry.State {
-	case handoff.Released, handoff.Running:
-		s.Phase = PhaseDone
-	case handoff.Returned, handoff.Aborted:
-		s.Phase = PhaseRolledBack
-	default:
-		s.Phase = PhaseInDoubt
-	}
+	s.Phase = phaseOf(entry.State)
 	if s.Phase.Final() {
 		s.Ended = &entry.Changed
 	}
@@ -253,12 +246,47 @@ func (e *Engine) claim(uuid string, m *Move) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	s := m.Status()
-	if other, taken := e.busy[uuid]; taken {
-		return fmt.Errorf("%q is being moved already by %s: see wanmig status %s", s.VM, other, other)
+	if err := e.take(uuid, s); err != nil {
+		return err
 	}
-	e.busy[uuid] = s.Move
 	e.moves[s.Move] = m
 	return nil
+}
+
+// reserve keeps a domain from being moved, without a move.
+func (e *Engine) reserve(uuid string, s Status) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.take(uuid, s)
+}
+
+// unreserve ends reserve.
+func (e *Engine) unreserve(uuid, move string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.busy[uuid] == move {
+		delete(e.busy, uuid)
+	}
+}
+
+// take is called with e.mu held.
+func (e *Engine) take(uuid string, s Status) error {
+	other, taken := e.busy[uuid]
+	if !taken {
+		e.busy[uuid] = s.Move
+		return nil
+	}
+	if m := e.moves[other]; m != nil && m.Status().Phase.Final() {
+		return fmt.Errorf("%q can't be moved yet: the end of %s is not in the journal, free some space in the agent's state folder", s.VM, other)
+	}
+	return fmt.Errorf("%q is being moved already by %s: see wanmig status %s", s.VM, other, other)
+}
+
+// list makes a move known that has no domain to itself.
+func (e *Engine) list(m *Move) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.moves[m.Status().Move] = m
 }
 
 // release gives a domain free. A move that did not end keeps it: it is in doubt.
@@ -297,11 +325,37 @@ func (e *Engine) find(ctx context.Context, vm string) (*hypervisor.Domain, error
 	return nil, fmt.Errorf("no VM %q at %s: there are %s%s", vm, e.Site, strings.Join(names, ", "), more)
 }
 
-// record makes a state durable together with the status shown.
+// record makes a state durable together with the status shown. When it can't,
+// the entry stays as it was.
 func (e *Engine) record(entry *handoff.Entry, state handoff.State, m *Move) error {
+	before := *entry
 	entry.State = state
-	if outcome, err := json.Marshal(m.Status()); err == nil && state.Final() {
+	if outcome, err := json.Marshal(m.Status()); err == nil && phaseOf(state).Final() {
 		entry.Outcome = outcome
 	}
-	return e.Journal.Put(*entry)
+	if err := e.Journal.Put(*entry); err != nil {
+		*entry = before
+		return fmt.Errorf("%w: free some space in the agent's state folder", err)
+	}
+	return nil
+}
+
+// settle makes the end of a move durable, as soon as that can be. Until then its
+// guest is not moved again: an agent that starts would end the older move once
+// more. It returns an error when the agent stops before.
+func (e *Engine) settle(log *slog.Logger, entry *handoff.Entry, state handoff.State, m *Move) error {
+	for again := false; ; again = true {
+		err := e.record(entry, state, m)
+		if err == nil {
+			return nil
+		}
+		if !again {
+			log.Error("the move's end is not in the journal, trying again", "state", state, "error", err)
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-e.ctx.Done():
+			return err
+		}
+	}
 }

@@ -45,7 +45,6 @@ type incoming struct {
 
 	offeredAt, durableAt, loadedAt time.Time
 	cookie                         []byte
-	answered                       byte // the decision as last told
 }
 
 // inEvent is what a part of an incoming guest tells run.
@@ -56,7 +55,6 @@ type inEvent struct {
 	loaded  bool      // the memory stream ended well, no event
 	durable bool      // every disk is durable, no event
 	at      time.Time // when
-	reply   chan byte // of Asked
 }
 
 // run takes the guest from the preparation to its end here.
@@ -69,10 +67,10 @@ func (in *incoming) run(ctx context.Context) {
 		in.move.phase(PhaseSync)
 		in.log.Info("incoming guest prepared", "disks", len(in.ask.Disks))
 	} else {
-		in.step(ctx, handoff.Broken, err)
+		_ = in.step(ctx, handoff.Broken, err)
 	}
 	loaded, durable := false, false
-	for !in.entry.State.Final() {
+	for in.entry.State == handoff.Receiver {
 		select {
 		case ev := <-in.events:
 			switch {
@@ -82,23 +80,25 @@ func (in *incoming) run(ctx context.Context) {
 				loaded, in.loadedAt = true, ev.at
 			case ev.durable:
 				durable, in.durableAt = true, ev.at
-			case ev.event == handoff.Asked:
-				in.step(ctx, handoff.Asked, errors.New("the source lost the session and asked for the decision"))
-				ev.reply <- in.answered
 			default:
-				in.step(ctx, ev.event, ev.err)
+				_ = in.step(ctx, ev.event, ev.err)
 			}
 			if loaded && durable && in.cookie != nil && in.entry.State == handoff.Receiver {
 				in.accept(ctx)
 			}
+		case word := <-in.move.inbox:
+			word.reply <- in.hear(ctx, word.event)
 		case <-ctx.Done():
-			in.step(ctx, handoff.Broken, context.Cause(ctx))
+			_ = in.step(ctx, handoff.Broken, context.Cause(ctx))
 		case <-in.session.Done():
-			in.step(ctx, handoff.Broken, fmt.Errorf("session to the source: %w", in.session.Err()))
+			_ = in.step(ctx, handoff.Broken, fmt.Errorf("session to the source: %w", in.session.Err()))
 		}
 	}
 	stopParts()
 	in.drainEvents()
+	if !in.entry.State.Final() {
+		in.wait()
+	}
 	if in.have != nil {
 		if err := in.have.Close(); err != nil {
 			in.log.Warn("memory of the content index not given back", "error", err)
@@ -133,86 +133,107 @@ func (in *incoming) drainEvents() {
 	go func() { in.work.Wait(); close(ended) }()
 	for {
 		select {
-		case ev := <-in.events:
-			if ev.reply != nil {
-				ev.reply <- in.answered
-			}
+		case <-in.events:
 		case <-ended:
 			return
 		}
 	}
 }
 
-// step applies an event and carries its actions out.
-func (in *incoming) step(ctx context.Context, ev handoff.Event, cause error) {
+// step applies an event and carries its actions out. An error means that the
+// state is as it was.
+func (in *incoming) step(ctx context.Context, ev handoff.Event, cause error) error {
 	before := in.entry.State
 	next, actions, err := handoff.Step(before, ev)
 	if err != nil {
 		in.log.Debug("event ignored", "error", err)
-		return
+		return err
 	}
 	if next != before {
 		in.log.Info("handoff", "from", before, "event", ev, "to", next, "cause", cause)
 	}
-	in.entry.State = next
+	late := false // its record is
 	for _, a := range actions {
 		switch a {
 		case handoff.Record:
-			if !in.recordState(ctx, before, cause) {
-				return
+			in.show(next, cause)
+			err := in.record(&in.entry, next, in.move)
+			switch {
+			case err != nil && handoff.Recurs(before, next):
+				in.log.Warn("the move's end is not in the journal yet", "error", err)
+				in.entry.State, late = next, true
+			case err != nil:
+				// Without it an agent that finds Accepted would be in doubt of what
+				// the source has been told.
+				if err := in.settle(in.log, &in.entry, next, in.move); err != nil {
+					return err
+				}
+			}
+		case handoff.Halt:
+			if err := in.halt(ctx, in.entry); err != nil {
+				return err
+			}
+		case handoff.Start:
+			if err := in.startHere(ctx, in.entry); err != nil {
+				return err
 			}
 		case handoff.Discard:
-			in.discard()
+			in.discard(late)
 		case handoff.ReplyAborted:
 			in.reply(kindAborted, aborted{fmt.Sprint(cause), in.kept})
-		case handoff.ReplyUndecided:
-			in.answered = kindUndecided
-		case handoff.ReplyRunning:
-			in.answered = kindRunning // with its account, by accept
 		}
 	}
+	if late {
+		return in.settle(in.log, &in.entry, next, in.move)
+	}
+	return nil
 }
 
-// recordState makes the state durable, and reports whether the next action may
-// follow. Without its record an abort of what was accepted is not told to the
-// source: an agent that then found Accepted would count the guest as its own.
-// Any other final state may lack its record: the journal's leads to it again.
-func (in *incoming) recordState(ctx context.Context, before handoff.State, cause error) bool {
+// show makes a final state the status.
+func (in *incoming) show(next handoff.State, cause error) {
+	shown := phaseOf(next)
+	if !shown.Final() {
+		return
+	}
 	in.move.update(func(st *Status) {
-		switch in.entry.State {
-		case handoff.Aborted:
-			st.Phase = PhaseRolledBack
-			st.Result = &Result{Result: "rolled-back", Move: st.Move, VM: st.VM, To: in.Site, Error: fmt.Sprint(cause),
-				TotalMS: time.Since(st.Started).Milliseconds()}
-		case handoff.Running:
-			st.Phase = PhaseDone
-			st.Result = &Result{Result: "done", Move: st.Move, VM: st.VM, To: in.Site, TotalMS: time.Since(st.Started).Milliseconds()}
+		st.Phase = shown
+		st.Result = &Result{Result: string(shown), Move: st.Move, VM: st.VM, To: in.Site, TotalMS: time.Since(st.Started).Milliseconds()}
+		if cause != nil {
+			st.Result.Error = cause.Error()
 		}
 	})
-	for {
-		err := in.record(&in.entry, in.entry.State, in.move)
-		if err == nil {
-			return true
-		}
-		in.log.Error("handoff state not in the journal: free some space in the state folder", "state", in.entry.State, "error", err)
-		if before != handoff.Accepted || in.entry.State != handoff.Aborted {
-			return true
-		}
-		select {
-		case <-time.After(time.Second):
-		case <-ctx.Done():
-			return false
-		}
+}
+
+// hear takes what the source says in another session, or an operator.
+func (in *incoming) hear(ctx context.Context, ev handoff.Event) heard {
+	cause := fmt.Errorf("an operator here said: %v", ev)
+	switch ev {
+	case handoff.Asked:
+		cause = errors.New("the source lost the session and asked for the decision")
+	case handoff.Overruled:
+		cause = fmt.Errorf("an operator at %s has had the guest run there", in.entry.Site)
 	}
+	err := in.step(ctx, ev, cause)
+	if in.entry.State == handoff.Aborted {
+		return heard{kindAborted, err}
+	}
+	return heard{kindUndecided, err}
 }
 
 func (in *incoming) reply(kind byte, body any) {
-	in.answered = kind
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	if err := in.ctl.send(ctx, kind, body); err != nil {
 		in.log.Warn("decision not sent, the source will ask", "error", err)
 	}
+}
+
+// wait stays with a guest that was accepted here until it is known to run, or
+// somebody decides that it does not.
+func (in *incoming) wait() {
+	in.virt.Close()
+	u := &undecided{Engine: in.Engine, move: in.move, entry: &in.entry, log: in.log, step: in.step}
+	u.run(in.ctx)
 }
 
 // prepare makes the disks and the incoming domain.
@@ -379,16 +400,13 @@ func (in *incoming) accepting(ctx context.Context) {
 // accept makes the guest ours and lets it run. Nothing but libvirt's own failure
 // stops it now, not even the end of the session.
 func (in *incoming) accept(ctx context.Context) {
+	if !in.move.decide(ctx) {
+		_ = in.step(ctx, handoff.Broken, context.Cause(ctx))
+		return
+	}
 	in.move.phase(PhaseHandoff)
 	start := time.Now()
-	next, _, err := handoff.Step(in.entry.State, handoff.Loaded)
-	if err == nil {
-		in.entry.State = next
-		err = in.Journal.Put(in.entry)
-	}
-	if err != nil {
-		in.entry.State = handoff.Receiver
-		in.step(ctx, handoff.Broken, fmt.Errorf("acceptance is not durable: %w", err))
+	if err := in.recordAccepted(ctx); err != nil {
 		return
 	}
 	journaled := time.Now()
@@ -397,16 +415,22 @@ func (in *incoming) accept(ctx context.Context) {
 	finishCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
 	if err := in.virt.Finish(finishCtx, in.cookie, false); err != nil {
-		if ran, why := in.couldHaveRun(finishCtx, err); ran {
-			in.log.Error("libvirt's Finish", "error", err, "outcome", why)
-		} else {
-			in.step(ctx, handoff.FinishWrong, fmt.Errorf("libvirt could not finish: %w", err))
+		switch in.outcome(finishCtx, err) {
+		case hasRun:
+			in.log.Error("libvirt's Finish failed, and the guest runs or has run here", "error", err)
+		case notRun:
+			_ = in.step(ctx, handoff.FinishWrong, fmt.Errorf("libvirt could not finish: %w", err))
+			return
+		default:
+			in.log.Error("libvirt's Finish failed, and whether the guest has run is not known", "error", err)
 			return
 		}
 	}
 	resumed := time.Now()
 	faults.At("finished")
-	in.step(ctx, handoff.Resumed, nil)
+	if err := in.step(ctx, handoff.Resumed, nil); err != nil {
+		return // not durable: the next agent looks, and tells
+	}
 	ms := func(from, to time.Time) float64 { return max(0, float64(to.Sub(from).Microseconds())/1000) }
 	drained := latest(in.durableAt, in.offeredAt)
 	loaded := latest(in.loadedAt, drained)
@@ -423,33 +447,56 @@ func (in *incoming) accept(ctx context.Context) {
 	in.runHook(in.log, AfterResume, in.hookEnv())
 }
 
-// couldHaveRun looks what became of a guest whose Finish failed. Only one that
-// is certainly stopped goes back to the source.
-func (in *incoming) couldHaveRun(ctx context.Context, finish error) (bool, string) {
+// recordAccepted makes the decision durable. A record whose write failed may be on
+// the disk all the same: then it is taken back like one that was written.
+func (in *incoming) recordAccepted(ctx context.Context) error {
+	err := in.record(&in.entry, handoff.Accepted, in.move)
+	if err == nil {
+		return nil
+	}
+	err = fmt.Errorf("acceptance is not durable: %w", err)
+	written, readErr := in.Journal.Get(in.ask.Move)
+	if readErr == nil && written.State == handoff.Receiver {
+		_ = in.step(ctx, handoff.Broken, err)
+		return err
+	}
+	in.entry.State = handoff.Accepted
+	_ = in.step(ctx, handoff.FinishWrong, err)
+	return err
+}
+
+// outcome is what became of a guest whose Finish failed.
+type outcome int
+
+const (
+	unknownRun outcome = iota
+	hasRun
+	notRun // for certain: only such a one goes back to the source
+)
+
+func (in *incoming) outcome(ctx context.Context, finish error) outcome {
 	state, err := in.Host.State(ctx, in.ask.UUID)
 	switch {
-	case err == nil && state == hypervisor.Running:
-		return true, "the guest runs all the same"
-	case in.ran.Load():
-		return true, "the guest was resumed here and has stopped since: start it here with virsh start"
+	case err == nil && state == hypervisor.Running, in.ran.Load():
+		return hasRun
 	case errors.Is(finish, hypervisor.ErrNoAnswer):
 		// libvirtd is gone or hangs: it alone knows. It resumes a guest in Finish
 		// or kills it; wait for it to say which.
 		return in.awaitLibvirt(ctx)
 	}
-	return false, "the guest did not run"
+	return notRun
 }
 
-func (in *incoming) awaitLibvirt(ctx context.Context) (bool, string) {
+func (in *incoming) awaitLibvirt(ctx context.Context) outcome {
 	for {
 		state, err := in.Host.State(ctx, in.ask.UUID)
 		switch {
 		case err == nil && state == hypervisor.Running:
-			return true, "the guest runs all the same"
+			return hasRun
 		case err == nil || errors.Is(err, hypervisor.ErrNoDomain):
-			return false, "libvirtd has no running guest"
+			return notRun
 		case ctx.Err() != nil:
-			return true, "libvirtd does not answer: the guest counts as running here"
+			return unknownRun
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
@@ -465,8 +512,9 @@ func latest(a, b time.Time) time.Time {
 	return b
 }
 
-// discard removes the incoming domain and the disks made for it.
-func (in *incoming) discard() {
+// discard removes the incoming domain and the disks made for it. Once that is
+// done the journal need not know of them.
+func (in *incoming) discard(recordLate bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	faults.At("discard")
@@ -480,6 +528,13 @@ func (in *incoming) discard() {
 	bytes, err := in.discardLeft(ctx, in.entry)
 	if err != nil {
 		in.log.Error("incoming guest not cleared", "error", err)
+	} else {
+		in.entry.Created = nil
+		if !recordLate {
+			if err := in.Journal.Put(in.entry); err != nil {
+				in.log.Debug("the next agent clears once more", "error", err)
+			}
+		}
 	}
 	in.kept = Kept{Bytes: bytes, Until: time.Now().Add(in.Keep)}
 	faults.At("discarded")

@@ -24,11 +24,12 @@ type Move struct {
 	cancel  context.CancelCauseFunc
 	decided bool // the offer is made: nothing at this host stops the move
 	limit   Limit
+	inbox   chan said // what is said of a move whose end is open; nobody listens otherwise
 	done    chan struct{}
 }
 
 func newMove(s Status, cancel context.CancelCauseFunc) *Move {
-	return &Move{status: s, changed: make(chan struct{}), cancel: cancel, done: make(chan struct{})}
+	return &Move{status: s, changed: make(chan struct{}), cancel: cancel, inbox: make(chan said), done: make(chan struct{})}
 }
 
 // newMoveID makes an ID that no other move will have.

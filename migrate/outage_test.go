@@ -43,19 +43,19 @@ func TestForgottenMoveEnds(t *testing.T) {
 }
 
 // learning is a source that waits for the decision.
-func learning(t *testing.T) (s *source, learned func(context.Context) (time.Duration, answer, error)) {
-	s = &source{move: newMove(Status{Move: "mv-1", Phase: PhaseHandoff, Started: time.Now()}, func(error) {}),
-		answers: make(chan answer, 1), log: slog.New(slog.DiscardHandler)}
-	return s, func(ctx context.Context) (time.Duration, answer, error) {
+func learning() (s *source, learned func(context.Context) (time.Duration, answer, *said)) {
+	s = &source{Engine: &Engine{}, move: newMove(Status{Move: "mv-1", Phase: PhaseHandoff, Started: time.Now()}, func(error) {}),
+		answers: make(chan answer, 1), log: slog.New(slog.DiscardHandler), entry: handoff.Entry{Move: "mv-1", State: handoff.Offered}}
+	return s, func(ctx context.Context) (time.Duration, answer, *said) {
 		began := time.Now()
-		a, err := s.learn(ctx)
-		return time.Since(began), a, err
+		a, word, _ := s.learn(ctx)
+		return time.Since(began), a, word
 	}
 }
 
 func TestDecisionThatComesLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, learned := learning(t)
+		s, learned := learning()
 		go func() {
 			s.answers <- answer{kind: kindChecked} // out of turn
 			time.Sleep(decisionWait - time.Second)
@@ -63,14 +63,25 @@ func TestDecisionThatComesLate(t *testing.T) {
 				t.Errorf("%s too soon", p)
 			}
 			time.Sleep(2 * time.Second)
-			if st := s.move.Status(); st.Phase != PhaseInDoubt || st.Result == nil || st.Result.Result != "in-doubt" {
+			if st := s.move.Status(); st.Phase != PhaseInDoubt || st.Result == nil || st.Result.Result != "in-doubt" || len(st.Result.Ways) != 2 {
 				t.Errorf("without an answer the move is %s: %+v", st.Phase, st.Result)
 			}
 			time.Sleep(time.Hour)
 			s.answers <- answer{kind: kindRunning}
 		}()
-		if d, a, err := learned(t.Context()); err != nil || a.kind != kindRunning || d < time.Hour {
-			t.Errorf("learned %d after %v: %v", a.kind, d, err)
+		if d, a, _ := learned(t.Context()); a.kind != kindRunning || d < time.Hour {
+			t.Errorf("learned %d after %v", a.kind, d)
+		}
+	})
+}
+
+// An operator is heard once the move is in doubt, and not before.
+func TestOperatorWhoDoesNotWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, learned := learning()
+		go func() { s.move.inbox <- said{event: handoff.RunHere} }()
+		if d, a, word := learned(t.Context()); word == nil || word.event != handoff.RunHere || a.kind != 0 || d != decisionWait {
+			t.Errorf("heard %+v after %v, learned %d", word, d, a.kind)
 		}
 	})
 }
@@ -78,19 +89,19 @@ func TestDecisionThatComesLate(t *testing.T) {
 func TestDecisionWhenTheAgentStops(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
-		s, learned := learning(t)
+		s, learned := learning()
 		go func() {
 			time.Sleep(time.Second)
 			cancel()
 			time.Sleep(time.Second)
 			s.answers <- answer{kind: kindAborted}
 		}()
-		if d, a, err := learned(ctx); err != nil || a.kind != kindAborted || d != 2*time.Second {
-			t.Errorf("learned %d after %v: %v", a.kind, d, err)
+		if d, a, _ := learned(ctx); a.kind != kindAborted || d != 2*time.Second {
+			t.Errorf("learned %d after %v", a.kind, d)
 		}
-		_, learned = learning(t)
-		if d, _, err := learned(ctx); !errors.Is(err, errUndecided) || d != decisionWait {
-			t.Errorf("gives up after %v: %v", d, err)
+		_, learned = learning()
+		if d, a, word := learned(ctx); a.kind != 0 || word != nil || d != decisionWait {
+			t.Errorf("gives up after %v: %d", d, a.kind)
 		}
 	})
 }

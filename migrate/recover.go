@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/wanmig/wanmig/handoff"
@@ -12,12 +14,6 @@ import (
 	"github.com/wanmig/wanmig/netredirect"
 	"github.com/wanmig/wanmig/tunnel"
 )
-
-// errUndecided is returned when the destination's decision is not known yet.
-var errUndecided = errors.New("the destination has the decision and has not told it: the guest stays paused here until it does")
-
-// errAsksAgain is returned when the agent stops before it knows the decision.
-var errAsksAgain = fmt.Errorf("%w: the agent stops, and asks again when it starts", errUndecided)
 
 // errStopped is returned when the guest shut down or ended by itself.
 var errStopped = errors.New("the guest itself has stopped at the source")
@@ -34,21 +30,156 @@ func (e *Engine) Recover(ctx context.Context) error {
 	e.work.Go(func() { e.keepSwept(ctx) })
 	e.work.Go(func() { e.rates.run(ctx) })
 	for _, entry := range entries {
-		if entry.State.Final() {
-			continue
+		switch {
+		case !entry.State.Final():
+			e.takeUp(ctx, entry)
+		case entry.State == handoff.Aborted && len(entry.Created) > 0:
+			e.work.Go(func() { e.discardLate(ctx, entry) })
 		}
-		m := newMove(statusOf(entry), func(error) {})
-		if err := e.claim(entry.UUID, m); err != nil {
-			e.Log.Error("move not recovered", "move", entry.Move, "error", err)
-			continue
-		}
-		e.work.Go(func() {
-			defer close(m.done)
-			e.recoverMove(ctx, m, entry)
-			e.release(entry.UUID, m)
-		})
 	}
 	return nil
+}
+
+// takeUp goes on with a move where its agent left it.
+func (e *Engine) takeUp(ctx context.Context, entry handoff.Entry) {
+	r := &restarted{Engine: e, move: newMove(statusOf(entry), func(error) {}), entry: entry,
+		log: e.Log.With("move", entry.Move, "vm", entry.VM)}
+	r.move.decided = true
+	if entry.State != handoff.Claimed {
+		r.move.phase(PhaseHandoff) // in doubt is what can't be told soon
+	}
+	r.log.Info("recovering a move that was not over when the agent ended", "state", entry.State)
+	if entry.State == handoff.Claimed { // its guest is free
+		e.list(r.move)
+	} else if err := e.claim(entry.UUID, r.move); err != nil {
+		r.log.Error("move not recovered", "error", err)
+		return
+	}
+	e.work.Go(func() {
+		defer close(r.move.done)
+		u := &undecided{Engine: e, move: r.move, entry: &r.entry, log: r.log, step: r.step}
+		u.run(ctx)
+		e.release(entry.UUID, r.move)
+	})
+}
+
+// restarted carries out the steps of a move whose agent was started anew: it has
+// its journal, and what libvirt has.
+type restarted struct {
+	*Engine
+	move  *Move
+	entry handoff.Entry
+	log   *slog.Logger
+	left  error // an errLeft
+}
+
+// step carries the actions of an event out. All of them can be done again.
+func (r *restarted) step(ctx context.Context, ev handoff.Event, why error) error {
+	before := r.entry.State
+	next, actions, err := handoff.Step(before, ev)
+	if err != nil {
+		return err
+	}
+	for _, a := range actions {
+		if err := r.act(ctx, a, next, why); err != nil {
+			return err
+		}
+	}
+	if next != before {
+		r.log.Info("move recovered", "from", before, "event", ev, "to", next)
+	}
+	return nil
+}
+
+func (r *restarted) act(ctx context.Context, a handoff.Action, next handoff.State, why error) error {
+	switch a {
+	case handoff.Record:
+		return r.recordState(ctx, next, why)
+	case handoff.Resume:
+		err := r.revive(ctx, r.entry)
+		if errors.Is(err, errStopped) {
+			err = r.bootAgain(ctx, r.entry) // it is still ours
+		}
+		return errors.Join(err, r.restoreDefinition(ctx, r.entry))
+	case handoff.Release:
+		err := r.clear(ctx, r.entry)
+		if errors.Is(err, errLeft) {
+			r.left, err = err, nil
+		}
+		return err
+	case handoff.Start:
+		return r.startHere(ctx, r.entry)
+	case handoff.GiveUp:
+		return r.end(ctx, r.entry)
+	case handoff.Halt:
+		return r.halt(ctx, r.entry)
+	case handoff.Discard:
+		return r.discardAborted(ctx, r.entry)
+	}
+	return nil // what is told is told by who asked, and who asks is undecided
+}
+
+// recordState makes a state durable, with the status that it is shown as.
+func (r *restarted) recordState(ctx context.Context, next handoff.State, why error) error {
+	was := r.move.Status()
+	if shown := phaseOf(next); shown.Final() {
+		r.move.update(func(s *Status) {
+			result := Result{Move: s.Move, VM: s.VM, To: s.Peer, TotalMS: time.Since(s.Started).Milliseconds()}
+			if s.Result != nil {
+				result = *s.Result
+			}
+			result.Result, result.Error, result.Ways = string(shown), "", nil
+			if err := errors.Join(why, r.left); err != nil {
+				result.Error = err.Error()
+			}
+			s.Phase, s.Result = shown, &result
+		})
+	}
+	if err := r.record(&r.entry, next, r.move); err != nil {
+		r.move.update(func(s *Status) { *s = was })
+		return err
+	}
+	if next.Final() || next == handoff.Claimed {
+		r.removeSockets(ctx, r.entry)
+		r.Redirects.Decide(r.entry.Move, leaves(next))
+	}
+	return nil
+}
+
+// bootAgain starts a guest that its libvirtd would have started with the host,
+// had this move not taken its definition away.
+func (e *Engine) bootAgain(ctx context.Context, entry handoff.Entry) error {
+	if !entry.Autostart || entry.Boot == bootID() {
+		return nil
+	}
+	return e.Host.Start(ctx, entry.UUID, entry.XML, entry.Persistent)
+}
+
+// bootID names the time since the host was started; "" when it is not known.
+func bootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b))
+}
+
+// leaves reports whether the guest has gone to the destination, or is to be
+// taken for gone.
+func leaves(s handoff.State) bool {
+	return s == handoff.Released || s == handoff.Running || s == handoff.Abandoned
+}
+
+// phaseOf is how a state is shown that is no part of a live move any more.
+func phaseOf(s handoff.State) Phase {
+	switch s {
+	case handoff.Released, handoff.Running:
+		return PhaseDone
+	case handoff.Returned, handoff.Aborted, handoff.Claimed:
+		return PhaseRolledBack
+	case handoff.Abandoned:
+		return PhaseAbandoned
+	case handoff.Split:
+		return PhaseSplit
+	}
+	return PhaseInDoubt
 }
 
 // decideRedirects takes up the redirects of moves that are over.
@@ -59,7 +190,7 @@ func (e *Engine) decideRedirects(entries []handoff.Entry) {
 	}
 	for _, move := range e.Redirects.Moves() {
 		state, ok := known[move]
-		if x, stands := e.Redirects.Find(move); stands && (!ok || state.Final()) {
+		if x, stands := e.Redirects.Find(move); stands && (!ok || state.Final() || state == handoff.Claimed) {
 			e.Redirects.Decide(move, hasGone(state, x.Status().State))
 		}
 	}
@@ -72,67 +203,7 @@ func hasGone(move handoff.State, redirect netredirect.State) bool {
 	if move == "" {
 		return redirect != netredirect.Opening && redirect != netredirect.Armed
 	}
-	return move == handoff.Released || move == handoff.Running
-}
-
-func (e *Engine) recoverMove(ctx context.Context, m *Move, entry handoff.Entry) {
-	log := e.Log.With("move", entry.Move, "vm", entry.VM, "state", entry.State)
-	log.Info("recovering a move that was not over when the agent ended")
-	event, err := e.finishMove(ctx, m, entry)
-	var final handoff.State
-	if err == nil {
-		final, _, err = handoff.Step(entry.State, event)
-	}
-	if err != nil {
-		log.Error("move not recovered", "error", err)
-		m.update(func(s *Status) {
-			s.Phase = PhaseInDoubt
-			s.Result = &Result{Result: "in-doubt", Move: s.Move, VM: s.VM, To: s.Peer, Error: err.Error()}
-		})
-		return
-	}
-	why := "the agent was restarted during the move"
-	m.update(func(s *Status) {
-		r := &Result{Move: s.Move, VM: s.VM, To: s.Peer, Result: "done", TotalMS: time.Since(s.Started).Milliseconds()}
-		s.Phase = PhaseDone
-		if final == handoff.Returned || final == handoff.Aborted {
-			s.Phase, r.Result, r.Error = PhaseRolledBack, "rolled-back", why
-		}
-		s.Result = r
-	})
-	e.removeSockets(ctx, entry)
-	if err := e.record(&entry, final, m); err != nil {
-		log.Error("the move's end is not in the journal", "error", err)
-		return
-	}
-	e.Redirects.Decide(entry.Move, final == handoff.Released || final == handoff.Running)
-	log.Info("move recovered", "result", final)
-}
-
-// finishMove carries out what the journal's state asks for, and tells the event
-// that ends the move.
-func (e *Engine) finishMove(ctx context.Context, m *Move, entry handoff.Entry) (handoff.Event, error) {
-	switch entry.State {
-	case handoff.Owner: // never offered, so it is ours
-		err := e.revive(ctx, entry)
-		if errors.Is(err, errStopped) {
-			err = nil // by itself, and it is still ours
-		}
-		return handoff.Failed, err
-	case handoff.Offered:
-		a, err := e.ask(ctx, m, entry)
-		switch {
-		case err != nil:
-			return 0, err
-		case a.kind == kindAborted:
-			return handoff.AnswerAborted, e.revive(ctx, entry)
-		}
-		return handoff.AnswerRunning, e.clear(ctx, entry)
-	case handoff.Receiver: // never accepted, so it is the source's
-		_, err := e.discardLeft(ctx, entry)
-		return handoff.Broken, err
-	}
-	return handoff.Resumed, e.findAccepted(ctx, entry)
+	return leaves(move)
 }
 
 // removeSockets removes what an agent that was killed left for QEMU to connect to.
@@ -142,54 +213,6 @@ func (e *Engine) removeSockets(ctx context.Context, entry handoff.Entry) {
 			_, _ = os.Remove(ram), os.Remove(nbd)
 		}
 	}
-}
-
-// findAccepted looks whether the guest that was accepted runs. One that does
-// not may have run and stopped since: then only a person can say whose disks count.
-func (e *Engine) findAccepted(ctx context.Context, entry handoff.Entry) error {
-	state, err := e.Host.State(ctx, entry.UUID)
-	switch {
-	case err == nil && state == hypervisor.Running:
-		return nil
-	case err != nil && !errors.Is(err, hypervisor.ErrNoDomain):
-		return err
-	}
-	return fmt.Errorf("guest %q was accepted here and does not run: if it ran here, start it here with virsh start; if it surely did not, resume it at %s with virsh resume %q",
-		entry.VM, entry.Site, entry.VM)
-}
-
-// ask asks the destination for its decision until it is told.
-func (e *Engine) ask(ctx context.Context, m *Move, entry handoff.Entry) (answer, error) {
-	const patience, slowest = 5 * time.Second, 5 * time.Second
-	begun, pause := time.Now(), 200*time.Millisecond
-	for {
-		a, err := e.askOnce(ctx, entry)
-		if err == nil && (a.kind == kindRunning || a.kind == kindAborted) {
-			return a, nil
-		}
-		if err == nil {
-			err = peerReason(a.body)
-		}
-		if time.Since(begun) > patience {
-			m.doubt(fmt.Sprintf("last answer: %v; this agent goes on asking", err))
-		}
-		e.Log.Warn("decision not known, asking again", "move", entry.Move, "error", err)
-		select {
-		case <-ctx.Done():
-			return answer{}, errAsksAgain
-		case <-time.After(pause):
-			pause = min(2*pause, slowest)
-		}
-	}
-}
-
-// doubt tells that the decision is not known yet, and why.
-func (m *Move) doubt(why string) {
-	m.update(func(s *Status) {
-		s.Phase = PhaseInDoubt
-		s.Result = &Result{Result: "in-doubt", Move: s.Move, VM: s.VM, To: s.Peer, TotalMS: time.Since(s.Started).Milliseconds(),
-			Error: fmt.Sprintf("%v; %s", errUndecided, why)}
-	})
 }
 
 // askOnce asks in a session of its own.
@@ -208,22 +231,11 @@ func (e *Engine) askOnce(ctx context.Context, entry handoff.Entry) (answer, erro
 	if err != nil {
 		return answer{}, err
 	}
-	if err := ctl.send(ctx, kindQuery, query{entry.Move}); err != nil {
+	if err := ctl.send(ctx, kindQuery, query{Move: entry.Move, Claimed: entry.State == handoff.Claimed}); err != nil {
 		return answer{}, err
 	}
 	kind, body, err := ctl.recv(ctx)
 	return answer{kind, append([]byte(nil), body...)}, err
-}
-
-// asked gives the decision of a guest that is arriving right now.
-func (in *incoming) asked() byte {
-	reply := make(chan byte, 1)
-	select {
-	case in.events <- inEvent{event: handoff.Asked, reply: reply}:
-		return <-reply
-	case <-in.move.Done():
-		return kindUndecided // it has ended meanwhile: the journal answers next time
-	}
 }
 
 // revive makes sure that the guest runs here as it did before the move.
@@ -312,12 +324,66 @@ func (e *Engine) discardLeft(ctx context.Context, entry handoff.Entry) (kept int
 	return kept, e.removeDisks(ctx, remove)
 }
 
+// discardAborted is discardLeft of a move that is durably aborted; then nothing
+// of it is left to be discarded by the next agent.
+func (e *Engine) discardAborted(ctx context.Context, entry handoff.Entry) error {
+	if _, err := e.discardLeft(ctx, entry); err != nil {
+		return err
+	}
+	entry.State, entry.Created = handoff.Aborted, nil
+	return e.Journal.Put(entry)
+}
+
+// discardLate removes what an agent that was killed between its record and the
+// removal left, unless a later move has come for it.
+func (e *Engine) discardLate(ctx context.Context, entry handoff.Entry) {
+	log := e.Log.With("move", entry.Move, "vm", entry.VM)
+	if last, err := e.Journal.Latest(entry); err != nil || !last {
+		return
+	}
+	s := statusOf(entry)
+	if err := e.reserve(entry.UUID, s); err != nil {
+		return
+	}
+	defer e.unreserve(entry.UUID, s.Move)
+	if err := e.discardAborted(ctx, entry); err != nil {
+		log.Error("what an aborted move left is not removed", "error", err)
+	}
+}
+
+// end ends a domain, and leaves its definition and its disks.
+func (e *Engine) end(ctx context.Context, entry handoff.Entry) error {
+	if err := e.Host.Destroy(ctx, entry.UUID); err != nil && !errors.Is(err, hypervisor.ErrNoDomain) {
+		return err
+	}
+	if !entry.Persistent || entry.XML == "" {
+		return nil
+	}
+	return e.Host.Define(ctx, entry.XML) // not to be started by itself: autostart stays off
+}
+
+// halt ends a domain so that nothing runs it later.
+func (e *Engine) halt(ctx context.Context, entry handoff.Entry) error {
+	for _, step := range []func() error{
+		func() error { return e.Host.Destroy(ctx, entry.UUID) },
+		func() error { return e.Host.Undefine(ctx, entry.UUID, true) },
+	} {
+		if err := step(); err != nil && !errors.Is(err, hypervisor.ErrNoDomain) {
+			return err
+		}
+	}
+	return nil
+}
+
+// errLeft is returned when all is done but to remove a disk.
+var errLeft = errors.New("a disk is left")
+
 // removeDisks removes disks that no domain uses any more.
 func (e *Engine) removeDisks(ctx context.Context, paths []string) error {
 	var errs []error
 	for _, p := range paths {
 		if err := e.Host.RemoveDisk(ctx, p); err != nil {
-			errs = append(errs, fmt.Errorf("%w: remove it by hand", err))
+			errs = append(errs, fmt.Errorf("%w: %w: remove it by hand", errLeft, err))
 		}
 	}
 	return errors.Join(errs...)

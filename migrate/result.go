@@ -55,8 +55,9 @@ func (s *source) summarise(err error) {
 		switch {
 		case errors.As(err, &stop):
 			st.Phase, r.Result = PhaseRolledBack, "refused"
-		case errors.Is(err, errUndecided):
-			st.Phase, r.Result = PhaseInDoubt, "in-doubt"
+		case s.entry.State == handoff.Abandoned, s.entry.State == handoff.Split:
+			st.Phase = phaseOf(s.entry.State)
+			r.Result = string(st.Phase)
 		case s.entry.State == handoff.Released:
 			st.Phase, r.Result = PhaseDone, "done"
 			r.Downtime, r.DowntimeMS = s.downtime, s.downtime.total()

@@ -203,7 +203,11 @@ func (e *Engine) hello(ctx context.Context) hello {
 func (s *source) transfer(ctx context.Context) error {
 	st := s.move.Status()
 	s.entry = handoff.Entry{Move: st.Move, VM: s.dom.Name, UUID: s.dom.UUID, Site: s.req.To, Peer: string(s.session.Peer()),
-		Started: st.Started, Persistent: s.dom.Persistent, Paused: s.dom.State == hypervisor.Paused, NVRAM: s.dom.NVRAM != ""}
+		Started: st.Started, Persistent: s.dom.Persistent, Paused: s.dom.State == hypervisor.Paused, NVRAM: s.dom.NVRAM != "",
+		Autostart: s.dom.Autostart, XML: s.dom.XML, Boot: bootID()}
+	if s.dom.Persistent {
+		s.entry.XML = s.dom.InactiveXML
+	}
 	if s.req.KeepSource {
 		s.entry.Keep = leaving(s.dom, s.plan)
 	} else {
@@ -257,8 +261,11 @@ func (s *source) prepare(ctx context.Context) (ready prepared, err error) {
 			return ready, err
 		}
 	}
+	if err := s.fence(ctx, s.entry); err != nil {
+		return ready, err
+	}
 	s.out, err = s.Host.BeginOut(ctx, s.dom, hypervisor.OutOptions{DestXML: destXML, PersistXML: persistXML,
-		Disks: s.plan.mirrored(), Persist: s.dom.Persistent, Undefine: s.dom.Persistent,
+		Disks: s.plan.mirrored(), Persist: s.dom.Persistent,
 		Paused: s.req.Paused || s.entry.Paused})
 	if err != nil {
 		return ready, err

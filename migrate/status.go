@@ -21,11 +21,15 @@ const (
 
 	PhaseDone       Phase = "done"        // final: the guest runs at the destination only
 	PhaseRolledBack Phase = "rolled-back" // final: the guest runs at the source only
-	PhaseInDoubt    Phase = "in-doubt"    // the destination has the decision and does not answer
+	PhaseInDoubt    Phase = "in-doubt"    // who has the guest is not known here yet
+	PhaseAbandoned  Phase = "abandoned"   // final: given up at the source, as an operator said; its disks stay
+	PhaseSplit      Phase = "split"       // final: it runs here as an operator said, and the destination has run it as well
 )
 
 // Final reports whether a move in this phase changes no more by itself.
-func (p Phase) Final() bool { return p == PhaseDone || p == PhaseRolledBack }
+func (p Phase) Final() bool {
+	return p == PhaseDone || p == PhaseRolledBack || p == PhaseAbandoned || p == PhaseSplit
+}
 
 // Request is what an operator asks of a move.
 type Request struct {
@@ -169,7 +173,7 @@ func (d Downtime) total() int64 {
 
 // Result is how a move ended: the one JSON object of `wanmig move --json`.
 type Result struct {
-	Result            string   `json:"result"` // done, rolled-back, refused, checked or in-doubt; of the command: detached or unknown
+	Result            string   `json:"result"` // done, rolled-back, refused, checked, in-doubt, abandoned or split; of the command: detached or unknown
 	Move              string   `json:"move"`
 	VM                string   `json:"vm"`
 	To                string   `json:"to"`
@@ -198,7 +202,15 @@ type Result struct {
 	Redirect *RedirectPlan `json:"redirect,omitempty"`
 	// Redirected tells how connections go on after the move; nil where they do not.
 	Redirected *Redirected `json:"redirected,omitempty"`
-	Error      string      `json:"error"` // empty when the move did what was asked
+	// Ways are how an operator can end a move that is in doubt.
+	Ways  []Way  `json:"ways,omitempty"`
+	Error string `json:"error"` // empty when the move did what was asked
+}
+
+// Way is a command that ends a move in doubt.
+type Way struct {
+	Command string `json:"command"`
+	Does    string `json:"does"` // and what it risks
 }
 
 // Redirected is the tunnel that a guest's packets take after its move.

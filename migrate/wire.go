@@ -153,6 +153,8 @@ type aborted struct {
 
 type query struct {
 	Move string `json:"move"`
+	// Claimed tells that the source runs the guest, as an operator there said.
+	Claimed bool `json:"claimed,omitempty"`
 }
 
 var moveID = regexp.MustCompile(`^mv-[a-z2-7]{8}$`)
@@ -174,6 +176,14 @@ func (p prepare) validate() error {
 		return errors.New("cookie or persistent description out of bounds")
 	}
 	return check{Name: p.Name, UUID: p.UUID, XML: p.XML, Disks: p.Disks}.validate()
+}
+
+// definition is what the guest is started from should its host go down.
+func (p prepare) definition() string {
+	if p.Persist && p.PersistXML != "" {
+		return p.PersistXML
+	}
+	return p.XML
 }
 
 func validateDisks(disks []wireDisk) error {

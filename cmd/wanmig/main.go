@@ -100,6 +100,7 @@ it over a unix socket.
 		newListCommand(client),
 		newLimitCommand(client),
 		newCancelCommand(client),
+		newRecoverCommand(client),
 		newRedirectCommand(client),
 		newCopiesCommand(client),
 		newSeedsCommand(client),

@@ -198,9 +198,9 @@ func FuzzRender(f *testing.F) {
 	seed.Disks[0].Problem = "full"
 	seed.Findings = []migrate.Finding{{Check: "space", Problem: "none", Remedy: "free some", Fatal: true}}
 	seed.Link = migrate.Link{LostSince: &began, LostMS: 1 << 62, Allowed: 1 << 62, LimitedBy: "\x1b[2J", Resent: 1, Carriers: []migrate.Carrier{{Transport: "tcp", RTTMS: -1}}}
-	for _, r := range []string{"", "done", "rolled-back", "refused", "checked", "in-doubt"} {
+	for _, r := range []string{"", "done", "rolled-back", "refused", "checked", "in-doubt", "abandoned", "split"} {
 		if r != "" {
-			seed.Result = &migrate.Result{Result: r, Error: "x", DowntimeMS: 4, DiskBytes: 4, Notices: []string{"n"}, LinkLostMS: 1 << 62, Carriers: []migrate.CarriersUsed{{Transport: "\x07"}}, Findings: seed.Findings}
+			seed.Result = &migrate.Result{Result: r, Error: "x", DowntimeMS: 4, DiskBytes: 4, Notices: []string{"n"}, LinkLostMS: 1 << 62, Carriers: []migrate.CarriersUsed{{Transport: "\x07"}}, Ways: []migrate.Way{{Command: "c\n", Does: "\x1b"}}, Findings: seed.Findings}
 		}
 		b, err := json.Marshal(seed)
 		if err != nil {

@@ -67,7 +67,12 @@ func summary(r migrate.Result) string {
 			fmt.Fprintf(&b, "%s can be moved to %s.\n", vm, to)
 		}
 	case "in-doubt":
-		fmt.Fprintf(&b, "%s is in doubt: %s has the decision and does not answer. The guest stays stopped here until it does.\n", vm, to)
+		fmt.Fprintf(&b, "%s is in doubt: who has it is not known here.\n", vm)
+	case "abandoned":
+		fmt.Fprintf(&b, "%s was given up here, as an operator said: it is %s's. Its disks stay here.\n", vm, to)
+	case "split":
+		fmt.Fprintf(&b, "%s HAS RUN AT BOTH SITES: here as an operator said, and at %s. Choose which one goes on, end the other\n"+
+			"(virsh destroy, undefine) and keep its disks until nothing in them is missed.\n", vm, to)
 	default:
 		fmt.Fprintf(&b, "%s: %s.\n", vm, printable(r.Result))
 	}
@@ -111,6 +116,9 @@ func summary(r migrate.Result) string {
 		for _, n := range r.Notices {
 			line("notice", oneLine(n))
 		}
+	}
+	for _, w := range r.Ways {
+		line("decide", "`"+oneLine(w.Command)+"` "+oneLine(w.Does)+".")
 	}
 	if r.Redirect != nil {
 		b.WriteString(listSteps("would be typed here", r.Redirect.Source) + listSteps("would be typed at "+to, r.Redirect.Destination))
