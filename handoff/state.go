@@ -138,8 +138,9 @@ func Step(s State, e Event) (State, []Action, error) {
 		case Loaded:
 			return Accepted, []Action{Record, Finish}, nil
 		case Broken, Asked, Overruled, AbandonHere:
-			// A source that asks has lost the session, and the offer with it.
-			return Aborted, []Action{Record, Discard, ReplyAborted}, nil
+			// A source that asks has lost the session, and the offer with it. What was
+			// made is removed first: a crash between leads here once more.
+			return Aborted, []Action{Discard, Record, ReplyAborted}, nil
 		}
 	case Accepted:
 		switch e {

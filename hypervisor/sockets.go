@@ -48,6 +48,27 @@ func (h *Host) sockets(ctx context.Context, id, domain, side string) (ram, nbd s
 	return ram, nbd, h.giveToQEMU(ctx, dir)
 }
 
+// RemoveStraySockets removes the sockets of moves that are over, which an agent that was
+// killed has left.
+func (h *Host) RemoveStraySockets(over func(id string) bool) error {
+	dir := filepath.Join(filepath.Dir(h.socket), "wanmig")
+	list, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	for _, f := range list {
+		name, _, ours := strings.Cut(f.Name(), ".tunnelmigrate.dest.")
+		id := name[:max(0, strings.LastIndex(name, "-"))]
+		if ours && over(id) {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, f.Name())))
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("remove sockets of moves that are over: %w", err)
+	}
+	return nil
+}
+
 // Listen opens a unix socket that the local QEMU may connect to. A stale socket
 // of the same name is replaced.
 func (h *Host) Listen(ctx context.Context, path string) (net.Listener, error) {

@@ -27,6 +27,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 	}
 	e.decideRedirects(entries)
 	e.dropStrayMemory(entries)
+	e.dropStraySockets(entries)
 	e.work.Go(func() { e.keepSwept(ctx) })
 	e.work.Go(func() { e.rates.run(ctx) })
 	for _, entry := range entries {
@@ -204,6 +205,17 @@ func hasGone(move handoff.State, redirect netredirect.State) bool {
 		return redirect != netredirect.Opening && redirect != netredirect.Armed
 	}
 	return leaves(move)
+}
+
+// dropStraySockets removes those of moves whose end is in the journal.
+func (e *Engine) dropStraySockets(entries []handoff.Entry) {
+	over := map[string]bool{}
+	for _, entry := range entries {
+		over[entry.Move] = entry.State.Final()
+	}
+	if err := e.Host.RemoveStraySockets(func(move string) bool { return over[move] }); err != nil {
+		e.Log.Warn("something of a move is left", "error", err)
+	}
 }
 
 // removeSockets removes what an agent that was killed left for QEMU to connect to.
