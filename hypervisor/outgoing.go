@@ -17,6 +17,7 @@ type OutOptions struct {
 	Disks      []string // targets to copy, such as "vda"; none: memory only
 	Persist    bool     // the domain becomes persistent at the destination
 	Paused     bool     // it arrives paused; set it when the source is paused
+	Throttle   bool     // QEMU takes CPU time from a guest whose memory does not converge
 }
 
 // Outgoing is a migration at its source. Its methods are for one caller at a
@@ -48,6 +49,11 @@ const (
 func (h *Host) BeginOut(ctx context.Context, dom *Domain, opt OutOptions) (*Outgoing, error) {
 	o := &Outgoing{host: h, uuid: dom.UUID, params: migrationParams(dom.Name, opt.Disks, opt.Persist, opt.PersistXML)}
 	o.flags = migrationFlags(opt.Disks, opt.Persist, opt.Paused) | libvirt.MigrateChangeProtection
+	if opt.Throttle {
+		o.flags |= libvirt.MigrateAutoConverge
+		o.params = append(o.params, intParam(libvirt.MigrateParamAutoConvergeInitial, throttleInitial),
+			intParam(libvirt.MigrateParamAutoConvergeIncrement, throttleIncrement))
+	}
 	var err error
 	if o.conn, err = dial(ctx, h.socket); err != nil {
 		return nil, err
@@ -67,6 +73,16 @@ func (h *Host) BeginOut(ctx context.Context, dom *Domain, opt OutOptions) (*Outg
 	}
 	return o, nil
 }
+
+// Percent of CPU time that QEMU takes from a guest each time that it finds, for the
+// second time, that more than half of what it sent in the last second or longer is dirty
+// again (migration_trigger_throttle). libvirt switches that on at the start or never,
+// so the first step is one that no guest feels: a guest is throttled only when the
+// fourth such time has come.
+const (
+	throttleInitial   = 1
+	throttleIncrement = 20
+)
 
 // migrationFlags are the flags that both sides use.
 func migrationFlags(disks []string, persist, paused bool) libvirt.DomainMigrateFlags {
@@ -97,6 +113,10 @@ func migrationParams(name string, disks []string, persist bool, persistXML strin
 
 func stringParam(name, value string) libvirt.TypedParam {
 	return libvirt.TypedParam{Field: name, Value: *libvirt.NewTypedParamValueString(value)}
+}
+
+func intParam(name string, value int32) libvirt.TypedParam {
+	return libvirt.TypedParam{Field: name, Value: *libvirt.NewTypedParamValueInt(value)}
 }
 
 // socketParams tell QEMU where memory and disks go, or come from.

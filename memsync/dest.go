@@ -17,8 +17,8 @@ const maxTail = 64 << 20
 // refused the state before it had all of it.
 var ErrQEMU = errors.New("destination QEMU closed the RAM stream")
 
-// DestConfig says where a Dest reads and writes. All fields but Store
-// and Have are required.
+// DestConfig says where a Dest reads and writes. All fields but OnEnd,
+// Store and Have are required.
 type DestConfig struct {
 	Frames frameReader // from Source
 	Return frameWriter // to Source
@@ -31,6 +31,10 @@ type DestConfig struct {
 	// Gate is called once, when the RAM section has ended; QEMU gets nothing of
 	// the tail, without which it cannot start the guest, before Gate returns.
 	Gate func(ctx context.Context) error
+
+	// OnEnd is called once, when the end of the stream has arrived. It may be nil, and
+	// must not block.
+	OnEnd func()
 
 	// Store is how many bytes of pages may be kept here for Source.
 	Store int64
@@ -184,6 +188,9 @@ func (d *Dest) stream(ctx context.Context, cancel context.CancelCauseFunc) error
 			}
 			if len(frame) != 9 || binary.BigEndian.Uint64(frame[1:]) != d.received {
 				return fmt.Errorf("%w: the stream ends at %d bytes, not where the source says", ErrFrame, d.received)
+			}
+			if d.cfg.OnEnd != nil {
+				d.cfg.OnEnd()
 			}
 			return d.finish(ctx)
 		default:

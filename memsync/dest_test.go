@@ -21,6 +21,7 @@ type landing struct {
 	qemu            *net.UnixConn
 	frames, returns *channel
 	done            chan error
+	ended           chan struct{} // closed by OnEnd
 	dest            *Dest
 }
 
@@ -29,9 +30,10 @@ var coder = compress.NewEncoder(1)
 func land(t *testing.T, gate func(context.Context) error) *landing {
 	t.Helper()
 	qemu, ours := unixPair(t)
-	l := &landing{qemu: qemu, frames: newChannel(), returns: newChannel(), done: make(chan error, 1)}
+	l := &landing{qemu: qemu, frames: newChannel(), returns: newChannel(), done: make(chan error, 1), ended: make(chan struct{})}
 	l.returns.frames = make(chan []byte, 4096)
-	l.dest = NewDest(DestConfig{Frames: l.frames, Return: l.returns, Dial: dialTo(ours), Gate: gate, Store: testSlots * storePage, Have: somePages})
+	l.dest = NewDest(DestConfig{Frames: l.frames, Return: l.returns, Dial: dialTo(ours), Gate: gate, OnEnd: func() { close(l.ended) },
+		Store: testSlots * storePage, Have: somePages})
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	go func() { l.done <- l.dest.Run(ctx) }()
 	t.Cleanup(cancel)
@@ -125,6 +127,7 @@ func TestGateHoldsTail(t *testing.T) {
 	}
 	l.send(t, []byte{frameTail}, bytesFrame([]byte("device ")), bytesFrame([]byte("state")), endFrame(18))
 	<-called
+	<-l.ended // all of it is here, and none of it QEMU's
 	l.qemu.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 	if n, err := l.qemu.Read(make([]byte, 1)); n != 0 || err == nil {
 		t.Fatalf("QEMU got %d bytes before the gate opened", n)

@@ -60,8 +60,9 @@ type seedLibrary interface{ Images() []*seed.Image }
 // Engine moves the guests of one host.
 type Engine struct {
 	Config
-	ctx   context.Context // the agent's life
-	rates *rates
+	ctx       context.Context // the agent's life
+	rates     *rates
+	overheads overheads
 
 	mu       sync.Mutex
 	moves    map[string]*Move     // by move ID, both roles

@@ -41,10 +41,11 @@ type incoming struct {
 	seeds   []*seed.Image // whose content it holds too
 	disks   atomic.Int32  // that are not durable yet
 	durable chan struct{} // closed when every disk is
-	ran     atomic.Bool   // libvirt said that the guest was resumed here
+	ranAt   atomic.Int64  // Unix nanoseconds, when libvirt said that the guest was resumed here; 0: never
+	tailAt  atomic.Int64  // and when the end of the memory stream was here
 
-	offeredAt, durableAt, loadedAt time.Time
-	cookie                         []byte
+	offeredAt, durableAt time.Time
+	cookie               []byte
 }
 
 // inEvent is what a part of an incoming guest tells run.
@@ -77,7 +78,7 @@ func (in *incoming) run(ctx context.Context) {
 			case ev.offer != nil:
 				in.cookie, in.offeredAt = ev.offer.Cookie, ev.at
 			case ev.loaded:
-				loaded, in.loadedAt = true, ev.at
+				loaded = true
 			case ev.durable:
 				durable, in.durableAt = true, ev.at
 			default:
@@ -270,7 +271,7 @@ func (in *incoming) prepare(ctx context.Context) error {
 func (in *incoming) domainEvent(ev hypervisor.Event) {
 	switch ev.Kind {
 	case hypervisor.EventResumed:
-		in.ran.Store(true)
+		in.ranAt.CompareAndSwap(0, ev.Time.UnixNano())
 	case hypervisor.EventStopped, hypervisor.EventCrashed:
 		in.log.Warn("the domain ended at the destination", "event", ev.Kind, "detail", ev.Detail)
 	}
@@ -427,14 +428,17 @@ func (in *incoming) accept(ctx context.Context) {
 		}
 	}
 	resumed := time.Now()
+	if at := in.ranAt.Load(); at != 0 {
+		resumed = time.Unix(0, at)
+	}
 	faults.At("finished")
 	if err := in.step(ctx, handoff.Resumed, nil); err != nil {
 		return // not durable: the next agent looks, and tells
 	}
 	ms := func(from, to time.Time) float64 { return max(0, float64(to.Sub(from).Microseconds())/1000) }
 	drained := latest(in.durableAt, in.offeredAt)
-	loaded := latest(in.loadedAt, drained)
-	in.reply(kindRunning, running{DrainMS: ms(in.offeredAt, drained), LoadMS: ms(drained, loaded) + ms(loaded, start),
+	tail := latest(time.Unix(0, in.tailAt.Load()), drained)
+	in.reply(kindRunning, running{DrainMS: ms(in.offeredAt, drained), TailMS: ms(drained, tail), LoadMS: ms(tail, start),
 		JournalMS: ms(start, journaled), FinishMS: ms(journaled, resumed), Paused: in.ask.Paused})
 	faults.At("told")
 	in.virt.Close()
@@ -477,7 +481,7 @@ const (
 func (in *incoming) outcome(ctx context.Context, finish error) outcome {
 	state, err := in.Host.State(ctx, in.ask.UUID)
 	switch {
-	case err == nil && state == hypervisor.Running, in.ran.Load():
+	case err == nil && state == hypervisor.Running, in.ranAt.Load() != 0:
 		return hasRun
 	case errors.Is(finish, hypervisor.ErrNoAnswer):
 		// libvirtd is gone or hangs: it alone knows. It resumes a guest in Finish

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/wanmig/wanmig/blocksync"
 	"github.com/wanmig/wanmig/blocksync/nbd"
@@ -152,5 +153,6 @@ func (in *incoming) receiveMemory(ctx context.Context, ch *tunnel.Channel) error
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", in.ramPath)
 	}
-	return memsync.NewDest(memsync.DestConfig{Frames: ch, Return: ch, Dial: dial, Gate: in.awaitDurable, Store: in.PageStore, Have: in.have}).Run(ctx)
+	return memsync.NewDest(memsync.DestConfig{Frames: ch, Return: ch, Dial: dial, Gate: in.awaitDurable,
+		OnEnd: func() { in.tailAt.Store(time.Now().UnixNano()) }, Store: in.PageStore, Have: in.have}).Run(ctx)
 }

@@ -109,7 +109,28 @@ func (r Request) Validate() error {
 	if r.MaxOutage != 0 && (r.MaxOutage < LeastOutage || r.MaxOutage > MostOutage) {
 		return fmt.Errorf("max outage %v: want from %v to %v", r.MaxOutage, LeastOutage, MostOutage)
 	}
+	if r.Downtime != 0 && (r.Downtime < LeastDowntime || r.Downtime > MostDowntime) {
+		return fmt.Errorf("downtime %v: want from %v to %v", r.Downtime, LeastDowntime, MostDowntime)
+	}
+	if r.OnStall != "" && !slices.Contains(OnStalls, r.OnStall) {
+		return fmt.Errorf("on stall %.20q: there are throttle, stop, wait and fail", r.OnStall)
+	}
 	return nil
+}
+
+// downtime is the goal.
+func (r Request) downtime() time.Duration {
+	if r.Downtime == 0 {
+		return DefaultDowntime
+	}
+	return r.Downtime
+}
+
+func (r Request) onStall() OnStall {
+	if r.OnStall == "" {
+		return StallThrottle
+	}
+	return r.OnStall
 }
 
 // ErrNoMove is returned when there is no such move.

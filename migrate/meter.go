@@ -115,7 +115,7 @@ func (sy *syncer) showJob() {
 	}
 	sy.s.move.update(func(st *Status) {
 		st.Memory.Round = max(st.Memory.Round, int(job.Iteration))
-		st.Memory.DirtyRate = int64(job.DirtyPages * max(job.PageSize, 4096))
+		st.Memory.DirtyRate, st.Memory.Throttled = dirtyRate(job), job.Throttle
 		if job.Iteration > 1 {
 			st.Memory.Remaining = int64(job.MemoryRemaining)
 		}
@@ -134,7 +134,7 @@ func (sy *syncer) adapt(job hypervisor.JobStats) {
 		return
 	}
 	sy.adaptive.least, sy.adaptive.most = l.Least.Bytes(), l.Most.Bytes()
-	rate, full := sy.adaptive.follow(roundSample{round: int(job.Iteration), dirty: int64(job.DirtyPages * max(job.PageSize, 4096)),
+	rate, full := sy.adaptive.follow(roundSample{round: int(job.Iteration), dirty: dirtyRate(job),
 		left: int64(job.MemoryRemaining), got: int64(got), held: held})
 	sy.pacer.rate.Store(rate)
 	if full && !sy.fullSpeed.Swap(true) {

@@ -79,7 +79,7 @@ func (s *source) summarise(err error) {
 			r.DiskBytes += d.Sent
 			disks.Add(d.Reduction)
 		}
-		r.MemoryBytes, r.MemoryRounds = st.Memory.Stream, st.Memory.Round
+		r.MemoryBytes, r.MemoryRounds, r.Throttled = st.Memory.Stream, st.Memory.Round, st.Memory.Throttled
 		if st.Memory.Reduction != nil {
 			r.Reduction = &Reduction{Memory: *st.Memory.Reduction, Disks: disks}
 		}
@@ -177,6 +177,18 @@ func (s *source) measure(sy *syncer, offered time.Time, r running) {
 	if r.Paused || sy.stopped().IsZero() {
 		return // it landed paused or was paused before: there is no downtime to speak of
 	}
-	s.downtime = Downtime{StopToTail: ms(offered.Sub(sy.stopped())), Transfer: ms(s.session.Stats().RTT / 2),
-		DrainDisks: r.DrainMS, LoadState: r.LoadMS, Journal: r.JournalMS, FinishGuest: r.FinishMS}
+	d := Downtime{Transfer: ms(s.session.Stats().RTT / 2),
+		DrainDisks: r.DrainMS, Tail: r.TailMS, LoadState: r.LoadMS, Journal: r.JournalMS, FinishGuest: r.FinishMS}
+	at := sy.stopped()
+	for _, part := range []struct {
+		ms    *float64
+		until int64
+	}{{&d.LastPages, sy.tailAt.Load()}, {&d.DeviceState, sy.endAt.Load()}, {&d.Perform, sy.doneAt.Load()}, {&d.Offer, offered.UnixNano()}} {
+		until := latest(at, time.Unix(0, part.until)) // a stream that passed opaque has no last page
+		*part.ms, at = ms(until.Sub(at)), until
+	}
+	s.downtime = d
+	if p := sy.foresee.Load(); p != nil {
+		s.overheads.learn(s.req.To, time.Duration(d.total())*time.Millisecond-p.downtime())
+	}
 }

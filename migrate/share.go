@@ -12,6 +12,7 @@ type load struct {
 	RoundLeft     int64   // bytes of RAM that QEMU has still to send in this pass, by its own account
 	RAM           int64   // bytes of RAM
 	Silent        bool    // the destination does not answer just now: the link may be gone
+	Released      bool    // QEMU may stop the guest, whatever is left
 }
 
 const (
@@ -55,12 +56,11 @@ func memoryMayRead(l load) bool {
 	if l.FirstPassLeft == 0 {
 		near = l.RoundLeft <= roundTail
 	}
+	near = near || l.Released
 	if near && l.Silent {
 		return false // QEMU would stop the guest, to wait for the link
 	}
-	drained := l.DiskPending <= backlogFloor ||
-		float64(l.DiskPending) <= l.DiskRate*backlogGoal.Seconds()
-	if drained {
+	if l.drained() {
 		return true
 	}
 	if l.FirstPassLeft == 0 || near {
@@ -75,6 +75,11 @@ func memoryMayRead(l load) bool {
 	disk := 1 - float64(l.DiskPending)/float64(max(l.DiskPeak, l.DiskPending))
 	memory := 1 - float64(l.FirstPassLeft)/float64(max(l.RAM, 1))
 	return memory <= disk+ahead
+}
+
+// drained reports that the disk backlog fits the downtime.
+func (l load) drained() bool {
+	return l.DiskPending <= backlogFloor || float64(l.DiskPending) <= l.DiskRate*backlogGoal.Seconds()
 }
 
 // farFromStop reports that QEMU can't stop the guest yet, whatever it is let do.

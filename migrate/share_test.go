@@ -27,7 +27,7 @@ func TestMemoryMayRead(t *testing.T) {
 		const mib = 1 << 20
 		got := memoryMayRead(load{DiskPending: int64(pending * mib), DiskPeak: int64(peak * mib),
 			DiskSent: int64(sent * mib), DiskRate: rate * mib,
-			FirstPassLeft: int64(left * mib), RoundLeft: int64(round * mib), RAM: int64(ram * mib), Silent: strings.Contains(line, " silent: ")})
+			FirstPassLeft: int64(left * mib), RoundLeft: int64(round * mib), RAM: int64(ram * mib), Silent: strings.Contains(line, " silent: "), Released: strings.Contains(line, " released: ")})
 		if got != (want == "read") || want != "read" && want != "hold" {
 			t.Errorf("line %d: memory may be read: %v\n%s", i+1, got, line)
 		}

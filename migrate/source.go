@@ -266,7 +266,7 @@ func (s *source) prepare(ctx context.Context) (ready prepared, err error) {
 	}
 	s.out, err = s.Host.BeginOut(ctx, s.dom, hypervisor.OutOptions{DestXML: destXML, PersistXML: persistXML,
 		Disks: s.plan.mirrored(), Persist: s.dom.Persistent,
-		Paused: s.req.Paused || s.entry.Paused})
+		Paused: s.req.Paused || s.entry.Paused, Throttle: s.req.onStall() == StallThrottle})
 	if err != nil {
 		return ready, err
 	}

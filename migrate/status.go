@@ -45,6 +45,10 @@ type Request struct {
 	Verify     bool              `json:"verify,omitempty"` // compare the disks of both sides before the guest runs there
 	Fresh      bool              `json:"fresh,omitempty"`  // older copies of the disks at the destination don't count
 
+	// Downtime is the goal of the predicted downtime; 0: DefaultDowntime.
+	Downtime time.Duration `json:"downtime_ns,omitempty"`
+	OnStall  OnStall       `json:"on_stall,omitempty"`
+
 	Rate      Limit         `json:"rate,omitzero"`
 	Priority  Priority      `json:"priority,omitempty"`
 	MaxOutage time.Duration `json:"max_outage_ns,omitempty"` // how long the link may be gone; 0: tunnel.DefaultOutage
@@ -108,6 +112,12 @@ type Memory struct {
 	Held      bool  `json:"held"`       // waiting for the disk backlog
 	Opaque    bool  `json:"opaque,omitempty"`
 
+	// Of rounds after the first pass, as they were judged last.
+	LinkTakes   int64 `json:"link_takes,omitempty"`            // per second: what the link takes of this guest's memory
+	PredictedMS int64 `json:"predicted_downtime_ms,omitempty"` // if the guest were stopped then
+	Stalled     bool  `json:"stalled,omitempty"`               // what remains no longer falls
+	Throttled   int   `json:"throttled,omitempty"`             // percent of CPU time that QEMU takes from the guest
+
 	Reduction *MemoryReduction `json:"reduction,omitempty"` // nil until memory is sent
 }
 
@@ -158,9 +168,13 @@ type Finding struct {
 // Downtime splits the time that the guest did not run by what it was spent on.
 // The parts add up to the whole. All in milliseconds.
 type Downtime struct {
-	StopToTail  float64 `json:"stop_to_tail_ms"` // source: last dirty pages, device state, libvirt's Perform
+	LastPages   float64 `json:"last_pages_ms"`   // source: libvirt ends the disks' mirrors, QEMU sends the last dirty pages
+	DeviceState float64 `json:"device_state_ms"` // source: QEMU sends the devices' state
+	Perform     float64 `json:"perform_ms"`      // source: libvirt's Perform, from there to its return
+	Offer       float64 `json:"offer_ms"`        // source: the decision is made durable and sent
 	Transfer    float64 `json:"transfer_ms"`     // half a round trip
 	DrainDisks  float64 `json:"drain_disks_ms"`  // destination: last blocks made durable
+	Tail        float64 `json:"tail_ms"`         // destination: the end of the stream arrives
 	LoadState   float64 `json:"load_state_ms"`   // destination: QEMU loads the device state
 	Journal     float64 `json:"journal_ms"`      // destination: ownership made durable
 	FinishGuest float64 `json:"finish_ms"`       // destination: libvirt's Finish, until the guest runs
@@ -168,7 +182,8 @@ type Downtime struct {
 
 // total is the whole downtime in milliseconds.
 func (d Downtime) total() int64 {
-	return int64(d.StopToTail + d.Transfer + d.DrainDisks + d.LoadState + d.Journal + d.FinishGuest + 0.5)
+	return int64(d.LastPages + d.DeviceState + d.Perform + d.Offer + d.Transfer +
+		d.DrainDisks + d.Tail + d.LoadState + d.Journal + d.FinishGuest + 0.5)
 }
 
 // Result is how a move ended: the one JSON object of `wanmig move --json`.
@@ -189,6 +204,7 @@ type Result struct {
 	DiskBytes    int64          `json:"disk_bytes"`   // disk content sent, before reduction
 	MemoryBytes  int64          `json:"memory_bytes"` // RAM stream sent, before reduction
 	MemoryRounds int            `json:"memory_rounds"`
+	Throttled    int            `json:"throttled,omitempty"` // percent of CPU time that was taken from the guest at the end
 	// Reduction tells as what memory was sent; nil when none was.
 	Reduction *Reduction `json:"reduction,omitempty"`
 	Verified  *Verified  `json:"verified,omitempty"` // of a move with --verify

@@ -45,13 +45,21 @@ type syncer struct {
 	watch  chan error    // has the vigil's end
 
 	pacer      pacer
-	adaptive   adaptive    // of meter's goroutine, as the next two
-	readBefore int64       // of the memory stream
-	readAt     time.Time   //
-	heldBack   atomic.Bool // memory, since the adaptive rate was last told
-	fullSpeed  atomic.Bool // the rest, see adaptive
+	adaptive   adaptive     // of meter's goroutine, as the next two
+	readBefore int64        // of the memory stream
+	readAt     time.Time    //
+	heldBack   atomic.Bool  // memory, since the adaptive rate was last told
+	held       atomic.Int64 // nanoseconds in all
+	fullSpeed  atomic.Bool  // the rest, see adaptive
+
+	newRound chan struct{}              // QEMU has begun another round of memory
+	released atomic.Bool                // it may stop the guest
+	foresee  atomic.Pointer[roundStart] // the last round that was judged
 
 	stopAt    atomic.Int64 // Unix nanoseconds of the guest's stop, 0 while it runs
+	tailAt    atomic.Int64 // and of when QEMU had sent its last page,
+	endAt     atomic.Int64 // and everything,
+	doneAt    atomic.Int64 // and of Perform's return
 	diskRate  atomic.Int64 // bytes per second leaving the outboxes
 	roundLeft atomic.Int64 // of this pass, as QEMU last told
 	peak      atomic.Int64 // what was in the outboxes when memory began
@@ -73,7 +81,7 @@ type performed struct {
 func (s *source) startSync(parent context.Context, ready prepared) (*syncer, error) {
 	ctx, end := context.WithCancelCause(context.WithoutCancel(parent))
 	sy := &syncer{s: s, ctx: ctx, end: end, memoryDone: make(chan error, 1), performed: make(chan performed, 1),
-		still: make(chan struct{}), tailed: make(chan struct{}), watch: make(chan error, 1),
+		still: make(chan struct{}), tailed: make(chan struct{}), watch: make(chan error, 1), newRound: make(chan struct{}, 1),
 		pageStore: min(s.PageStore, ready.PageStore)}
 	sy.unlink = context.AfterFunc(parent, func() { sy.fail(context.Cause(parent)) })
 	if err := sy.start(ready.Cookie); err != nil {
@@ -163,11 +171,13 @@ func (sy *syncer) start(cookie []byte) error {
 	sy.work.Go(func() { sy.memoryDone <- sy.stream(ram) })
 	sy.work.Go(func() {
 		cookie, err := s.out.Perform(sy.ctx, cookie, ramPath, nbdPath)
+		sy.doneAt.Store(time.Now().UnixNano())
 		sy.performed <- performed{cookie, err}
 	})
 	sy.leave = s.rates.join(&sender{move: s.move, site: s.req.To, session: s.session, weight: s.req.Priority.weight(),
 		stopped: func() bool { return sy.stopAt.Load() != 0 }, full: sy.fullSpeed.Load})
 	sy.work.Go(sy.meter)
+	sy.work.Go(sy.steer)
 	sy.work.Go(sy.keepVigil)
 	sy.work.Go(sy.watchRedirect)
 	return nil
@@ -189,19 +199,21 @@ func (sy *syncer) stream(l net.Listener) error {
 		return memsync.ErrAborted // Perform ended before memory began, and says why
 	}
 	l.Close()
+	sy.withhold()
 	pending, sent := sy.outboxes()
 	sy.peak.Store(pending)
 	sy.sent.Store(sent)
 	for _, d := range sy.disks {
 		d.outbox.Covered() // libvirt begins with memory when every mirror has caught up
 	}
-	c := memsync.SourceConfig{QEMU: conn, Frames: sy.pages, Return: sy.pages, Store: sy.pageStore, Pace: sy.pace, OnTail: sy.seal}
+	c := memsync.SourceConfig{QEMU: conn, Frames: sy.pages, Return: sy.pages, Store: sy.pageStore, Pace: sy.pace, OnTail: sy.tailBegins}
 	if keeper := sy.s.memory; keeper != nil {
 		c.Keep = keeper.page
 	}
 	memory := memsync.NewSource(c)
 	sy.memory.Store(memory)
 	err = memory.Run(sy.ctx)
+	sy.endAt.Store(time.Now().UnixNano())
 	if err != nil && !errors.Is(err, memsync.ErrAborted) && sy.ctx.Err() == nil {
 		sy.fail(fmt.Errorf("memory: %w", err))
 	}
@@ -212,16 +224,19 @@ func (sy *syncer) stream(l net.Listener) error {
 func (sy *syncer) pace(ctx context.Context, n int) error {
 	sy.guardOpaque()
 	stopped := func() bool { return sy.stopAt.Load() != 0 }
-	if err := sy.pacer.wait(ctx, n, stopped); err != nil {
+	if err := sy.pacer.wait(ctx, n, func() bool { return stopped() || sy.released.Load() }); err != nil {
 		return err
 	}
-	for !stopped() && !sy.mayRead() {
+	for began := time.Now(); !stopped() && !sy.mayRead(); {
 		sy.heldBack.Store(true)
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-time.After(5 * time.Millisecond):
 		}
+		now := time.Now()
+		sy.held.Add(int64(now.Sub(began)))
+		began = now
 	}
 	return nil
 }
@@ -298,7 +313,7 @@ func (sy *syncer) load() load {
 	m := sy.memoryStats()
 	pending, sent := sy.outboxes()
 	return load{DiskPending: pending, DiskPeak: sy.peak.Load(), DiskSent: sent - sy.sent.Load(), DiskRate: float64(sy.diskRate.Load()),
-		Silent: sy.s.vigil.isSilent(), FirstPassLeft: int64(m.UnseenPages * m.PageSize), RoundLeft: sy.roundLeft.Load(), RAM: int64(m.RAMBytes)}
+		Silent: sy.s.vigil.isSilent(), Released: sy.released.Load(), FirstPassLeft: int64(m.UnseenPages * m.PageSize), RoundLeft: sy.roundLeft.Load(), RAM: int64(m.RAMBytes)}
 }
 
 // verified is what came of comparing the disks; nil if that was not asked for.
@@ -324,8 +339,14 @@ func (sy *syncer) outboxes() (pending, sent int64) {
 	return pending, sent
 }
 
-// event learns of the guest's stop.
+// event learns of the rounds of memory and of the guest's stop.
 func (sy *syncer) event(ev hypervisor.Event) {
+	if ev.Kind == hypervisor.EventIteration {
+		select {
+		case sy.newRound <- struct{}{}:
+		default: // one that has not been looked at yet
+		}
+	}
 	if !finalStop(ev) {
 		return
 	}
@@ -380,6 +401,12 @@ func (sy *syncer) stopped() time.Time {
 		return time.Unix(0, ns)
 	}
 	return time.Time{}
+}
+
+// tailBegins notes that the guest's memory has been sent.
+func (sy *syncer) tailBegins() {
+	sy.tailAt.Store(time.Now().UnixNano())
+	sy.seal()
 }
 
 // seal closes the outboxes: the RAM section has ended, so the guest is stopped

@@ -135,6 +135,7 @@ type offer struct {
 // running reports what the destination spent between the offer and the resume.
 type running struct {
 	DrainMS   float64 `json:"drain_ms"`
+	TailMS    float64 `json:"tail_ms"`
 	LoadMS    float64 `json:"load_ms"`
 	JournalMS float64 `json:"journal_ms"`
 	FinishMS  float64 `json:"finish_ms"`

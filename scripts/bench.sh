@@ -22,4 +22,4 @@ go test -tags bench -run '^$' -bench 'Image|Link' -benchtime 1x ./compress
 go test -tags bench -run '^$' -bench Image -benchtime 2x -cpu 1 ./blocksync
 go test -tags lab -run '^$' -bench Captured -benchtime 3x -cpu 1 ./memsync
 go test -tags bench -count=1 -v -run Throughput ./netredirect/encap
-go test -tags bench -count=1 -v -timeout 45m -run 'TunnelKinds|Outage|LongestGap|SideBySide|Debian|Deltas' ./lab/e2e
+go test -tags bench -count=1 -v -timeout 45m -run 'TunnelKinds|Outage|LongestGap|Downtime|SideBySide|Debian|Deltas' ./lab/e2e

@@ -162,11 +162,14 @@ func drawFrame(m migrate.Status, width int, st style, now time.Time) (head strin
 	if mem := m.Memory; mem.Size > 0 {
 		rows = append(rows, row{
 			name: "memory", amount: memoryLeft(mem), rate: unless(mem.Rate == 0, rateOf(mem.Rate)),
-			facts: []string{memoryRound(mem), held(mem), dirtying(mem)},
+			facts: []string{memoryRound(mem), held(mem), dirtying(mem), throttled(mem.Throttled)},
 			part:  mem.Size - mem.Remaining, whole: mem.Size,
 		})
 	}
 	lines = layOut(rows, width, st, tail)
+	if line := stalled(m.Memory); line != "" {
+		lines = append(lines, runewidth.Truncate("  "+line, width, tail))
+	}
 	for _, d := range m.Disks {
 		if d.Problem != "" {
 			lines = append(lines, runewidth.Truncate("  "+printable(d.Target)+": "+oneLine(d.Problem), width, tail))

@@ -61,3 +61,18 @@ func (o *outage) Set(s string) error {
 
 func (o *outage) Type() string   { return "DURATION" }
 func (o *outage) String() string { return "" }
+
+// downtimeGoal is the value of --downtime.
+type downtimeGoal time.Duration
+
+func (g *downtimeGoal) Set(s string) error {
+	d, err := time.ParseDuration(s)
+	if err != nil || d < migrate.LeastDowntime || d > migrate.MostDowntime {
+		return fmt.Errorf("want a time from %v to %v, as in 300ms or 2s", migrate.LeastDowntime, migrate.MostDowntime)
+	}
+	*g = downtimeGoal(d)
+	return nil
+}
+
+func (g *downtimeGoal) Type() string   { return "DURATION" }
+func (g *downtimeGoal) String() string { return "" }

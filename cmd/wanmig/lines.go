@@ -51,7 +51,8 @@ func progressLine(m migrate.Status, now time.Time) string {
 				parts = append(parts, printable(d.Target)+": "+oneLine(d.Problem))
 			}
 		}
-		parts = append(parts, join(", ", "memory "+memoryLeft(m.Memory), memoryRound(m.Memory), held(m.Memory), dirtying(m.Memory)))
+		parts = append(parts, join(", ", "memory "+memoryLeft(m.Memory), memoryRound(m.Memory), held(m.Memory),
+			unless(m.Memory.Stalled, dirtying(m.Memory)), unless(m.Memory.Stalled, throttled(m.Memory.Throttled))), stalled(m.Memory))
 		parts = append(parts, speed(m, now), left(m))
 	} else {
 		since, _ := lost(m, now)
@@ -75,6 +76,17 @@ func memoryRound(m migrate.Memory) string {
 
 func dirtying(m migrate.Memory) string {
 	return unless(m.DirtyRate == 0, "dirty "+rateOf(m.DirtyRate))
+}
+
+// throttled is about the guest's CPUs; the first step of 1 % is no guest's worry.
+func throttled(percent int) string {
+	return unless(percent <= 1, fmt.Sprintf("guest throttled by %d %%", percent))
+}
+
+// stalled tells of a guest that dirties its memory faster than the link takes it.
+func stalled(m migrate.Memory) string {
+	return unless(!m.Stalled, join(", ", "does not converge: dirty rate "+rateOf(m.DirtyRate), "link "+rateOf(m.LinkTakes),
+		throttled(m.Throttled), "downtime now "+millis(float64(m.PredictedMS))))
 }
 
 // found is how much of a disk's content the destination had.

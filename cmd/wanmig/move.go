@@ -41,6 +41,19 @@ While the link is gone the move waits for it, and the guest runs on; only while 
 is stopped for the handoff a destination that does not answer for 10 s ends the
 move, and the guest goes on here.
 
+The guest is stopped as soon as the predicted downtime fits --downtime: what is
+left of its memory and disks at the rate that the link takes it, half a round
+trip, and what libvirt took in earlier moves. A guest that dirties its memory
+faster than the link takes it does not get there. When what is left no longer
+falls, --on-stall tells what to do:
+
+  throttle  QEMU takes more and more CPU time from the guest, up to 99 %; if
+            that is not enough, the guest is stopped for up to 5 times --downtime
+  stop      the guest is stopped near a minimum of what is left, however long
+            its rest takes
+  wait      the move goes on until it is cancelled or the guest does less
+  fail      the move is rolled back
+
 ` + rateHelp + `
 
 With --json the last line of stdout is one object, whatever happened. Its
@@ -52,6 +65,7 @@ or unknown.
   wanmig move web --to remote-dc
   wanmig move web --to remote-dc --network br0=br-public --storage vdb=/srv/images
   wanmig move web --to remote-dc --rate 400mbit --priority low
+  wanmig move web --to remote-dc --downtime 1s --on-stall fail
   wanmig move web --to remote-dc --addresses new --dns-name www.example.org --lower-ttl`,
 		Args: need("VM"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -89,6 +103,8 @@ or unknown.
 	f.BoolVar(&req.CopyCDROM, "copy-cdrom", false, "carry read-only CD-ROMs along instead of ejecting them")
 	f.Var((*limitFlag)(&req.Rate), "rate", "use no more of the link: bits per second as in 400mbit; auto leaves room for others")
 	f.Var(choice[migrate.Priority]{&req.Priority, migrate.Priorities}, "priority", "among moves that share the link; normal if not said")
+	f.Var((*downtimeGoal)(&req.Downtime), "downtime", "stop the VM when its downtime is predicted to be no longer (300ms if not said)")
+	f.Var(choice[migrate.OnStall]{&req.OnStall, migrate.OnStalls}, "on-stall", "what to do when the VM dirties memory faster than the link takes it; throttle if not said")
 	f.Var((*outage)(&req.MaxOutage), "max-outage", "how long the link may be gone before the move is rolled back (10m if not said)")
 	connectionFlags(cmd, &req)
 	cmd.MarkFlagsMutuallyExclusive("detach", "dry-run")

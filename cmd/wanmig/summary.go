@@ -30,7 +30,10 @@ func describe(m migrate.Status, now time.Time) string {
 	}
 	if m.Memory.Size > 0 {
 		fmt.Fprintf(&b, "  %-10s %s\n", "memory", join(", ", memoryLeft(m.Memory)+" of "+size(m.Memory.Size), rateOf(m.Memory.Rate),
-			memoryRound(m.Memory), held(m.Memory), dirtying(m.Memory)))
+			memoryRound(m.Memory), held(m.Memory), dirtying(m.Memory), throttled(m.Memory.Throttled)))
+		if line := stalled(m.Memory); line != "" {
+			fmt.Fprintf(&b, "  %-10s %s\n", "", line)
+		}
 	}
 	if m.Priority != "" {
 		fmt.Fprintf(&b, "  %-10s %s\n", "priority", printable(string(m.Priority)))
@@ -97,7 +100,7 @@ func summary(r migrate.Result) string {
 			line("verified", fmt.Sprintf("%s of disks are the same at both sites, %s looked at again while the guest was stopped", size(v.Same), size(v.Last)))
 		}
 		line("disks", reducedDisks(r.Reduction))
-		line("memory", join(": ", unless(r.MemoryRounds == 0, count(r.MemoryRounds, "round")), reduced(r.Reduction)))
+		line("memory", join(": ", join(", ", unless(r.MemoryRounds == 0, count(r.MemoryRounds, "round")), throttled(r.Throttled)), reduced(r.Reduction)))
 	}
 	var mapped map[netip.Addr]netip.Addr
 	if r.Redirected != nil {
@@ -168,8 +171,9 @@ func leftAt(to string, r migrate.Result) string {
 // downtime tells on what each side spent the time that the guest did not run.
 func downtime(d migrate.Downtime) (source, destination string) {
 	part := func(ms float64, what string) string { return unless(ms < 0.05, millis(ms)+" "+what) }
-	source = join(", ", part(d.StopToTail, "stop and last pages"), part(d.Transfer, "transfer"))
-	destination = join(", ", part(d.DrainDisks, "disks"), part(d.LoadState, "device state"), part(d.Journal, "journal"), part(d.FinishGuest, "finish"))
+	source = join(", ", part(d.LastPages, "stop and last pages"), part(d.DeviceState, "device state"), part(d.Perform, "libvirt"),
+		part(d.Offer, "offer"), part(d.Transfer, "transfer"))
+	destination = join(", ", part(d.DrainDisks, "disks"), part(d.Tail, "tail"), part(d.LoadState, "device state"), part(d.Journal, "journal"), part(d.FinishGuest, "finish"))
 	return source, destination
 }
 

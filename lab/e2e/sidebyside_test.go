@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/wanmig/wanmig/lab"
+	"github.com/wanmig/wanmig/migrate"
 )
 
 // row is one migration as the world outside saw it: the link's counters, a
@@ -22,6 +23,7 @@ type row struct {
 	sent     uint64 // IP bytes
 	received uint64 // IP bytes, back to where the guest was
 	downtime time.Duration
+	result   migrate.Result // wanmig's
 }
 
 func (r row) bytes() uint64 { return r.sent + r.received }
@@ -74,12 +76,13 @@ func (w *world) measure(v *lab.VM, tool, from, to string, args ...string) row {
 	time.Sleep(2 * time.Second) // the echoes' own first answers
 	sent, received := w.carried(from), w.carried(to)
 	begun := time.Now()
+	var result migrate.Result
 	if tool == "virsh" {
 		w.virshMigrate(ctx, v, from, to)
 	} else {
-		w.move(from, v.Name, to, args...)
+		result = w.move(from, v.Name, to, args...)
 	}
-	r := row{tool: tool, took: time.Since(begun), sent: w.carried(from) - sent, received: w.carried(to) - received}
+	r := row{tool: tool, took: time.Since(begun), sent: w.carried(from) - sent, received: w.carried(to) - received, result: result}
 	time.Sleep(2 * time.Second)
 	seen, err := probe.Stop()
 	if err != nil {

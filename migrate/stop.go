@@ -1,0 +1,227 @@
+package migrate
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/wanmig/wanmig/hypervisor"
+)
+
+// ErrStalled is returned when a guest dirties its memory faster than the link takes
+// it, and the operator wants no other end of that.
+var ErrStalled = errors.New("the move does not converge")
+
+const (
+	// withheld is the downtime that QEMU is told to aim at while the guest shall run.
+	// It multiplies it with what it believes the link's rate to be, and stops the guest
+	// when no more is left. What it sees is our socket; so this is but a bound for a
+	// guest that hardly writes. It is not 0, with which QEMU stops the guest without
+	// having asked once more which pages are dirty (migration_iteration_run).
+	withheld = 10 * time.Millisecond
+	// brakeEvery is how often the link is looked at, and brakePoll whether a stop
+	// that is due can be now.
+	brakeEvery = 250 * time.Millisecond
+	brakePoll  = 10 * time.Millisecond
+	ratedEvery = 4 // its rate is taken at every 4th look
+	// A round tells of the link's rate when it took so long, and of the reduction
+	// when it had so much content.
+	tellingRound   = 500 * time.Millisecond
+	tellingContent = 1 << 20
+	leastRatio     = 0.005
+)
+
+// brake withholds the stop of a guest until convergence says so. Its methods are
+// for one goroutine.
+type brake struct {
+	sy       *syncer
+	converge convergence
+	due      bool // the guest shall stop
+	looks    int
+	reach    reach  // bytes per second that the session has sent
+	sent     uint64 // by it, at that time
+	at       time.Time
+	ratio    float64 // bytes on the wire for one of memory's content
+	before   passed
+	first    time.Time
+}
+
+// passed is what has been sent until a round began.
+type passed struct {
+	at      time.Time
+	round   int
+	held    time.Duration
+	memory  int64 // bytes, as QEMU counts what is left
+	content int64 // of these, what neither was zeros nor known at the destination
+	frames  int64 // bytes sent for that
+	wire    uint64
+}
+
+// steer runs the brake until the guest stands still.
+func (sy *syncer) steer() {
+	b := brake{sy: sy, converge: convergence{goal: sy.s.req.downtime(), onStall: sy.s.req.onStall()}, ratio: 1}
+	ticker := time.NewTicker(brakeEvery)
+	defer ticker.Stop()
+	for {
+		var poll <-chan time.Time
+		if b.due && !sy.released.Load() {
+			poll = time.After(brakePoll)
+		}
+		select {
+		case <-sy.newRound:
+			b.round(time.Now())
+		case now := <-ticker.C:
+			b.look(now)
+		case <-poll:
+		case <-sy.still:
+			return
+		case <-sy.ctx.Done():
+			return
+		}
+		if b.due && !sy.released.Load() {
+			b.release()
+		}
+	}
+}
+
+// withhold keeps QEMU from stopping the guest by what it believes of the link.
+func (sy *syncer) withhold() {
+	if err := sy.s.Host.SetMaxDowntime(sy.ctx, sy.s.dom.UUID, withheld); err != nil && sy.ctx.Err() == nil {
+		sy.s.log.Warn("libvirt does not take a goal for the downtime: QEMU may stop the guest too early", "error", err)
+	}
+}
+
+// look takes the link's rate, and takes a release back when the link has gone before
+// QEMU stopped the guest.
+func (b *brake) look(now time.Time) {
+	if b.looks++; b.looks%ratedEvery == 0 {
+		sent := b.sy.s.session.Stats().BytesSent
+		if dt := now.Sub(b.at).Seconds(); !b.at.IsZero() && dt > 0 {
+			b.reach.add(int64(float64(sent-min(b.sent, sent)) / dt))
+		}
+		b.sent, b.at = sent, now
+	}
+	if b.sy.released.Load() && b.sy.s.vigil.isSilent() {
+		b.due = false
+		b.sy.withhold()
+		b.sy.released.Store(false)
+	}
+}
+
+// round judges a round that has begun.
+func (b *brake) round(now time.Time) {
+	sy := b.sy
+	if sy.released.Load() {
+		return // it is QEMU's last look before the stop
+	}
+	job, err := sy.s.Host.JobStats(sy.ctx, sy.s.dom.UUID)
+	if err != nil || !job.Active || job.Iteration < 2 {
+		return
+	}
+	r := b.start(now, job)
+	sy.roundLeft.Store(r.left)
+	v := b.converge.begin(r)
+	b.due = v == stopNow
+	sy.foresee.Store(&r)
+	sy.s.move.update(func(st *Status) {
+		st.Memory.Stalled = b.converge.stalled
+		st.Memory.LinkTakes, st.Memory.PredictedMS = r.takes, r.downtime().Milliseconds()
+	})
+	switch v {
+	case stopNow:
+		sy.s.log.Info("the guest may be stopped", "round", job.Iteration, "left", r.left, "link", r.link, "takes", r.takes,
+			"predicted_ms", r.downtime().Milliseconds(), "stalled", b.converge.stalled, "throttled", r.throttle)
+	case giveUp:
+		const mib = 1 << 20
+		sy.fail(fmt.Errorf("%w: round %d of memory has %.1f MiB left, no less than the rounds before it; the guest dirties %.1f MiB/s and the link takes %.1f; "+
+			"the downtime would be %v, and %v is the goal: use --on-stall throttle or stop, a longer --downtime, or move it when it does less",
+			ErrStalled, job.Iteration, float64(r.left)/mib, float64(dirtyRate(job))/mib, float64(r.takes)/mib,
+			r.downtime().Round(time.Millisecond), b.converge.goal))
+	}
+}
+
+// start measures what the link takes of this guest, and predicts from that.
+func (b *brake) start(now time.Time, job hypervisor.JobStats) roundStart {
+	sy, m := b.sy, b.sy.memoryStats()
+	if b.first.IsZero() {
+		b.first = now
+	}
+	link := sy.s.session.Stats()
+	data, delta := m.Reduction.Data, m.Reduction.Delta
+	is := passed{at: now, round: int(job.Iteration), held: time.Duration(sy.held.Load()), memory: int64((m.Pages + m.ZeroPages) * m.PageSize),
+		content: int64((data.Pages + delta.Pages) * m.PageSize), frames: int64(data.WireBytes + delta.WireBytes), wire: link.BytesSent}
+	if m.Opaque {
+		is.memory = int64(m.StreamBytes)
+	}
+	was := b.before
+	if content := is.content - was.content; content >= tellingContent {
+		b.ratio = max(float64(is.frames-was.frames)/float64(content), leastRatio)
+	}
+	r := roundStart{at: now.Sub(b.first), left: int64(job.MemoryRemaining), link: b.reach.most(), throttle: job.Throttle}
+	r.takes = int64(float64(r.link) / b.ratio)
+	took := now.Sub(was.at) - (is.held - was.held)
+	if was.round >= 2 && took >= tellingRound && sy.pacer.rate.Load() == 0 {
+		r.link = int64(float64(is.wire-min(was.wire, is.wire)) / took.Seconds())
+		r.takes = int64(float64(is.memory-was.memory) / took.Seconds())
+	}
+	b.before = is
+	pending, _ := sy.outboxes()
+	r.base = sy.s.overheads.of(sy.s.req.To) + link.MinRTT/2 + max(link.RTT-link.MinRTT, 0)
+	if r.link > 0 {
+		r.base += time.Duration(float64(pending) / float64(r.link) * float64(time.Second))
+	}
+	return r
+}
+
+// release lets QEMU stop the guest, when nothing else would keep it waiting then.
+func (b *brake) release() {
+	sy := b.sy
+	if l := sy.load(); !l.drained() || l.Silent {
+		return
+	}
+	sy.released.Store(true) // from now on the stream is read as at its end
+	if err := sy.s.Host.SetMaxDowntime(sy.ctx, sy.s.dom.UUID, hypervisor.MaxDowntimeLimit); err != nil {
+		sy.released.Store(false)
+		b.due = false
+		if sy.ctx.Err() == nil {
+			sy.s.log.Warn("libvirt does not let the guest be stopped, the next round is waited for", "error", err)
+		}
+	}
+}
+
+// dirtyRate is in bytes per second.
+func dirtyRate(job hypervisor.JobStats) int64 { return int64(job.DirtyPages * max(job.PageSize, 4096)) }
+
+// overheads are what handoffs to each site have taken beside the way of the last
+// pages: libvirt and QEMU on both hosts, and the journals.
+type overheads struct {
+	mu   sync.Mutex
+	site map[string]time.Duration
+}
+
+// Before a site has been moved to, and the bounds of what is believed of one.
+const (
+	usualOverhead = 150 * time.Millisecond
+	mostOverhead  = 2 * time.Second
+)
+
+func (o *overheads) of(site string) time.Duration {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if known, ok := o.site[site]; ok {
+		return known
+	}
+	return usualOverhead
+}
+
+// learn takes by how much a handoff was longer than predicted.
+func (o *overheads) learn(site string, off time.Duration) {
+	was := o.of(site)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.site == nil {
+		o.site = map[string]time.Duration{}
+	}
+	o.site[site] = min(max(was+off/2, 0), mostOverhead)
+}
