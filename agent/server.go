@@ -234,7 +234,11 @@ func (a *agent) cancelMove(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if s := m.Status(); s.Phase.Final() {
-		fail(w, http.StatusConflict, fmt.Errorf("move %s is over: %s", s.Move, s.Phase))
+		err := fmt.Errorf("move %s is over: %s", s.Move, s.Phase)
+		if s.Result != nil && s.Result.Next != "" {
+			err = fmt.Errorf("%w; it is tried again as %s", err, s.Result.Next)
+		}
+		fail(w, http.StatusConflict, err)
 		return
 	}
 	if err := m.Cancel(migrate.ErrCancelled); err != nil {

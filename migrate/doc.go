@@ -15,6 +15,7 @@
 //	share.go        how memory and disks share the link
 //	meter.go        rates and the estimate of the time left
 //	decision.go     the handoff at the source, and its end
+//	retry.go        another attempt after one that was rolled back
 //	undecided.go    either side while it does not know the end, and what operators say of it
 //	recover.go      what an agent finds in its journal when it starts
 package migrate

@@ -176,8 +176,8 @@ func (e *Engine) Start(ctx context.Context, req Request) (*Move, error) {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	m := newMove(Status{Move: newMoveID(), Role: "source", VM: dom.Name, UUID: dom.UUID, Peer: req.To,
-		Phase: PhaseCheck, Started: time.Now(), Priority: req.Priority, Link: Link{Limit: req.Rate}}, cancel)
-	m.limit = req.Rate
+		Phase: PhaseCheck, Started: time.Now(), Priority: req.Priority, Attempt: 1, Link: Link{Limit: req.Rate}}, cancel)
+	m.ctx, m.attempt, m.limit = ctx, 1, req.Rate
 	if err := e.begin(); err != nil {
 		cancel(nil)
 		return nil, err
@@ -190,10 +190,7 @@ func (e *Engine) Start(ctx context.Context, req Request) (*Move, error) {
 	}
 	go func() {
 		defer e.work.Done()
-		defer cancel(nil)
-		defer close(m.done)
-		e.moveAway(ctx, m, dom, req)
-		e.release(dom.UUID, m)
+		e.attempts(m, dom, req)
 	}()
 	return m, nil
 }

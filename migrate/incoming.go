@@ -154,6 +154,7 @@ func (in *incoming) step(ctx context.Context, ev handoff.Event, cause error) err
 		in.log.Info("handoff", "from", before, "event", ev, "to", next, "cause", cause)
 	}
 	late := false // its record is
+	again := next == handoff.Aborted && before == handoff.Receiver && in.hasDied(ctx)
 	for _, a := range actions {
 		switch a {
 		case handoff.Record:
@@ -181,13 +182,24 @@ func (in *incoming) step(ctx context.Context, ev handoff.Event, cause error) err
 		case handoff.Discard:
 			in.discard(late)
 		case handoff.ReplyAborted:
-			in.reply(kindAborted, aborted{fmt.Sprint(cause), in.kept})
+			in.reply(kindAborted, aborted{fmt.Sprint(cause), in.kept, again})
 		}
 	}
 	if late {
 		return in.settle(in.log, &in.entry, next, in.move)
 	}
 	return nil
+}
+
+// hasDied reports whether what should receive the guest is not there any more.
+func (in *incoming) hasDied(ctx context.Context) bool {
+	if in.virt == nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	state, err := in.Host.State(ctx, in.ask.UUID)
+	return err != nil || !state.Active()
 }
 
 // show makes a final state the status.

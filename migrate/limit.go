@@ -115,6 +115,9 @@ func (r Request) Validate() error {
 	if r.OnStall != "" && !slices.Contains(OnStalls, r.OnStall) {
 		return fmt.Errorf("on stall %.20q: there are throttle, stop, wait and fail", r.OnStall)
 	}
+	if r.Retries < 0 || r.Retries > MostRetries {
+		return fmt.Errorf("%d retries: want from 0 to %d", r.Retries, MostRetries)
+	}
 	return nil
 }
 

@@ -20,8 +20,10 @@ var ErrTooLate = errors.New("the destination has the decision already: the move 
 type Move struct {
 	mu      sync.Mutex
 	status  Status
-	changed chan struct{} // closed and replaced at each change
+	changed chan struct{}   // closed and replaced at each change
+	ctx     context.Context // of a move that this host makes, until it ends or is cancelled
 	cancel  context.CancelCauseFunc
+	attempt int  // from 1
 	decided bool // the offer is made: nothing at this host stops the move
 	limit   Limit
 	inbox   chan said // what is said of a move whose end is open; nobody listens otherwise

@@ -50,6 +50,9 @@ func (s *source) summarise(err error) {
 		plan = s.redirectPlan()
 	}
 	redirected, problems := s.redirected()
+	if s.next == nil && s.mayRetry(err) {
+		s.next = s.nextAttempt()
+	}
 	s.move.update(func(st *Status) {
 		r := Result{Move: st.Move, VM: st.VM, To: st.Peer, TotalMS: time.Since(st.Started).Milliseconds()}
 		switch {
@@ -68,6 +71,9 @@ func (s *source) summarise(err error) {
 		}
 		if err != nil {
 			r.Error = err.Error()
+		}
+		if r.Attempt = s.move.attempt; s.next != nil {
+			r.Next = s.next.Status().Move
 		}
 		if s.session != nil {
 			l := s.meter.look(time.Now())

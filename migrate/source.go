@@ -32,6 +32,9 @@ type source struct {
 	meter     linkMeter
 	vigil     vigil
 	aborted   bool // the destination has said that it cleaned up
+	gave      bool // it gave the move up by itself
+	again     bool // and thinks that another attempt may do better
+	next      *Move
 	kept      Kept // what it keeps all the same
 	plan      plan
 	redirect  redirecting
@@ -48,14 +51,17 @@ type answer struct {
 	body []byte
 }
 
-// moveAway carries a move out and leaves its result in the move's status.
-func (e *Engine) moveAway(ctx context.Context, m *Move, dom *hypervisor.Domain, req Request) {
+// moveAway carries a move out and leaves its result in the move's status. It
+// returns the next attempt, if there is to be one.
+func (e *Engine) moveAway(ctx context.Context, m *Move, dom *hypervisor.Domain, req Request) *Move {
 	st := m.Status()
 	s := &source{Engine: e, move: m, dom: dom, req: req, answers: make(chan answer, 4), pongs: make(chan struct{}, 1),
 		log: e.Log.With("move", st.Move, "vm", dom.Name, "to", req.To)}
-	s.log.Info("move begins", "uuid", dom.UUID)
+	m.phase(PhaseCheck)
+	s.log.Info("move begins", "uuid", dom.UUID, "attempt", m.attempt)
 	err := s.run(ctx)
 	s.end(err)
+	return s.next
 }
 
 func (s *source) run(ctx context.Context) error {
@@ -303,6 +309,7 @@ func (s *source) gaveUp(a answer) error {
 		return fmt.Errorf("the destination sent message %d out of turn", a.kind)
 	}
 	s.noteAborted(a)
+	s.gave = true
 	return fmt.Errorf("the destination gave up: %w", peerReason(a.body))
 }
 
@@ -311,7 +318,7 @@ func (s *source) noteAborted(a answer) {
 	var word aborted
 	s.aborted = true
 	if a.kind == kindAborted && decode(a.body, &word) == nil {
-		s.kept = word.Kept
+		s.kept, s.again = word.Kept, word.Again
 	}
 }
 

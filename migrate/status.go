@@ -13,6 +13,7 @@ import (
 type Phase string
 
 const (
+	PhaseWait    Phase = "wait"    // another attempt, for the destination to be there again
 	PhaseCheck   Phase = "check"   // finding what would fail; nothing has moved
 	PhasePrepare Phase = "prepare" // the destination makes disks and an incoming domain
 	PhaseSync    Phase = "sync"    // disk mirror and memory pre-copy run concurrently
@@ -52,6 +53,7 @@ type Request struct {
 	Rate      Limit         `json:"rate,omitzero"`
 	Priority  Priority      `json:"priority,omitempty"`
 	MaxOutage time.Duration `json:"max_outage_ns,omitempty"` // how long the link may be gone; 0: tunnel.DefaultOutage
+	Retries   int           `json:"retries,omitempty"`       // how often it is tried again by itself
 
 	// How connections go on; what is not set is the agent's configuration's.
 	Redirect    netredirect.Kind        `json:"redirect,omitempty"`
@@ -74,6 +76,7 @@ type Status struct {
 	Started  time.Time  `json:"started"`
 	Ended    *time.Time `json:"ended,omitempty"`
 	Priority Priority   `json:"priority,omitempty"`
+	Attempt  int        `json:"attempt,omitempty"` // from 1, at the source
 	Disks    []Disk     `json:"disks,omitempty"`
 	Memory   Memory     `json:"memory"`
 	Link     Link       `json:"link"`
@@ -218,6 +221,9 @@ type Result struct {
 	Redirect *RedirectPlan `json:"redirect,omitempty"`
 	// Redirected tells how connections go on after the move; nil where they do not.
 	Redirected *Redirected `json:"redirected,omitempty"`
+	// Next is the move that tries the same again, by itself; this one was the Attempt.
+	Next    string `json:"next,omitempty"`
+	Attempt int    `json:"attempt,omitempty"`
 	// Ways are how an operator can end a move that is in doubt.
 	Ways  []Way  `json:"ways,omitempty"`
 	Error string `json:"error"` // empty when the move did what was asked

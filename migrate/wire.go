@@ -150,6 +150,7 @@ type reason struct {
 type aborted struct {
 	Reason string `json:"reason"`
 	Kept   Kept   `json:"kept,omitzero"`
+	Again  bool   `json:"again,omitempty"` // what failed can come back: another attempt may do better
 }
 
 type query struct {

@@ -120,7 +120,7 @@ func (f *follower) watch(ctx context.Context, move string, updates chan<- news) 
 	}
 	var lost time.Time // zero: the agent answers
 	for {
-		ended := false
+		ended, next, why := false, "", ""
 		err := f.client.WatchMove(ctx, move, func(m migrate.Status) error {
 			if !lost.IsZero() {
 				lost = time.Time{}
@@ -132,10 +132,19 @@ func (f *follower) watch(ctx context.Context, move string, updates chan<- news) 
 			if ended && m.Result == nil {
 				return fmt.Errorf("%w: a move that ended without a result", agent.ErrBadAnswer)
 			}
+			if ended {
+				next, why = m.Result.Next, m.Result.Error
+			}
 			return tell(news{status: m})
 		})
 		_, refused := errors.AsType[*agent.APIError](err)
 		switch {
+		case ended && err == nil && next != "":
+			if err := tell(news{message: fmt.Sprintf("Rolled back: %s. It is tried again, as %s.", oneLine(why), printable(next))}); err != nil {
+				return err
+			}
+			move = next
+			continue
 		case ended && err == nil:
 			return nil
 		case ctx.Err() != nil:

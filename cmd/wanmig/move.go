@@ -56,9 +56,13 @@ falls, --on-stall tells what to do:
 
 ` + rateHelp + `
 
+A move that is rolled back because the link, or a daemon or QEMU on the way, has
+died is tried again by itself when the destination answers again, up to --retries
+times: each attempt is a move of its own, and begins from what has arrived.
+
 With --json the last line of stdout is one object, whatever happened. Its
-result is done, checked (--dry-run), refused, rolled-back, in-doubt, detached
-or unknown.
+result is done, checked (--dry-run), refused, rolled-back, in-doubt, abandoned,
+split, detached or unknown; of a move that was tried again, the last one's.
 
 ` + exitCodes,
 		Example: `  wanmig move web --to remote-dc --dry-run
@@ -106,6 +110,7 @@ or unknown.
 	f.Var((*downtimeGoal)(&req.Downtime), "downtime", "stop the VM when its downtime is predicted to be no longer (300ms if not said)")
 	f.Var(choice[migrate.OnStall]{&req.OnStall, migrate.OnStalls}, "on-stall", "what to do when the VM dirties memory faster than the link takes it; throttle if not said")
 	f.Var((*outage)(&req.MaxOutage), "max-outage", "how long the link may be gone before the move is rolled back (10m if not said)")
+	f.IntVar(&req.Retries, "retries", 3, "how often to try again by itself when something on the way died that can come back; the guest runs on")
 	connectionFlags(cmd, &req)
 	cmd.MarkFlagsMutuallyExclusive("detach", "dry-run")
 	return cmd

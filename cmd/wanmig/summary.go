@@ -120,6 +120,8 @@ func summary(r migrate.Result) string {
 			line("notice", oneLine(n))
 		}
 	}
+	line("attempts", unless(r.Attempt < 2, fmt.Sprint(r.Attempt)))
+	line("next", unless(r.Next == "", "tried again as "+printable(r.Next)))
 	for _, w := range r.Ways {
 		line("decide", "`"+oneLine(w.Command)+"` "+oneLine(w.Does)+".")
 	}

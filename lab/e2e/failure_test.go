@@ -272,3 +272,70 @@ func (w *world) refused(vm, why string) {
 		w.t.Errorf("want a refusal that names %q: status %d, %s%s", why, status, out, complaint)
 	}
 }
+
+// TestRetries kills what a move needs at the destination. It is rolled back each
+// time, and tried again by itself as soon as it is there again.
+func TestRetries(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, "40mbit", "20ms")
+	const name = "stubborn"
+	v := w.vm(lab.VMOptions{Name: name, Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB,format=qcow2")}, Write: 256 << 10})
+	first := w.begin(name, "--retries", "3")
+	w.await(lab.LocalDC, first, "memory", inMemory)
+	if err := syscall.Kill(w.qemu(lab.RemoteDC, name), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	second := w.next(first)
+	if _, complaint, status := w.run(lab.LocalDC, "wanmig", "move", name, "--to", lab.RemoteDC); status == 0 || !strings.Contains(complaint, second) {
+		t.Errorf("another move of it: status %d, %s", status, complaint)
+	}
+	if _, complaint, status := w.run(lab.LocalDC, "wanmig", "cancel", first); status == 0 || !strings.Contains(complaint, second) {
+		t.Errorf("cancel of the first attempt: status %d, %s", status, complaint)
+	}
+	w.await(lab.LocalDC, second, "memory", inMemory)
+	if err := w.Sites[lab.RemoteDC].KillAgent(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.start(lab.RemoteDC, lab.Agent)
+	third := w.next(second)
+	s := w.await(lab.LocalDC, third, "its end", final)
+	if s.Phase != migrate.PhaseDone || s.Result.Attempt != 3 {
+		t.Fatalf("the third attempt ended %s: %+v", s.Phase, s.Result)
+	}
+	if held := s.Disks[0].Held; held == 0 {
+		t.Error("the third attempt began from nothing")
+	}
+	w.healthy(lab.RemoteDC, v)
+
+	// One that waits for a destination that stays away can be cancelled.
+	move := w.beginAt(lab.RemoteDC, name, lab.LocalDC, "--retries", "1")
+	w.await(lab.RemoteDC, move, "memory", inMemory)
+	if err := w.Sites[lab.LocalDC].KillLibvirtd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Sites[lab.LocalDC].KillAgent(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.start(lab.LocalDC, lab.Agent)
+	var last string
+	for until := time.Now().Add(time.Minute); last == "" && time.Now().Before(until); time.Sleep(100 * time.Millisecond) {
+		if s := w.status(lab.RemoteDC, move); final(s) {
+			last = s.Result.Next
+		}
+	}
+	w.wanmig(lab.RemoteDC, "cancel", last)
+	if s := w.await(lab.RemoteDC, last, "its end", final); s.Phase != migrate.PhaseRolledBack || !strings.Contains(s.Result.Error, "cancelled") {
+		t.Errorf("the cancelled attempt ended %s: %+v", s.Phase, s.Result)
+	}
+	w.healthy(lab.RemoteDC, v)
+}
+
+// next waits until a move was rolled back, and gives the one that follows it.
+func (w *world) next(move string) string {
+	w.t.Helper()
+	s := w.await(lab.LocalDC, move, "its end", final)
+	if s.Phase != migrate.PhaseRolledBack || s.Result.Next == "" {
+		w.t.Fatalf("move %s ended %s and is not tried again: %+v", move, s.Phase, s.Result)
+	}
+	return s.Result.Next
+}

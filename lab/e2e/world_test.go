@@ -183,7 +183,7 @@ func (w *world) begin(vm string, args ...string) (move string) {
 
 func (w *world) beginAt(site, vm, to string, args ...string) (move string) {
 	w.t.Helper()
-	return strings.TrimSpace(w.wanmig(site, append([]string{"move", vm, "--to", to, "--detach"}, args...)...))
+	return strings.TrimSpace(w.wanmig(site, append([]string{"move", vm, "--to", to, "--detach", "--retries", "0"}, args...)...))
 }
 
 // status reads a move from the agent of a site.
