@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"time"
+
 	"github.com/wanmig/wanmig/migrate"
 )
 
@@ -18,6 +20,9 @@ import (
 //	GET    /v1/moves/{id}/watch       a migrate.Status per line, now and at each change, until the move is final or in doubt
 //	POST   /v1/moves/{id}/cancel      → 202; 409 when it is too late
 //	POST   /v1/moves/{id}/recover     Word → 204; 409 when it is not to be said of that move
+//	POST   /v1/moves/{id}/rollback    → 201, Rollback: the guest is on its way back; 502 when the other site is not reached
+//	GET    /v1/moves/{id}/copy        LeftCopy: what the guest has left here, whole; 409 when it is not there
+//	POST   /v1/moves/{id}/copy/start  → 204: the guest was started from it
 //	PUT    /v1/moves/{id}/limit       Limit → 204; by the move's ID, or the VM's name while it moves; 409 when it is over
 //	                                  or limited elsewhere
 //	GET    /v1/redirects              []netredirect.Status, oldest first
@@ -58,6 +63,16 @@ type Limit struct {
 // Word is what an operator says of a move in doubt: one of migrate's words.
 type Word struct {
 	Word string `json:"word"`
+}
+
+// Rollback is the move by which a guest comes back.
+type Rollback struct {
+	Move string `json:"move"`
+}
+
+// LeftCopy is the copy of a guest that has left.
+type LeftCopy struct {
+	Since time.Time `json:"since"`
 }
 
 // Cut asks for a tunnel to be removed now.

@@ -143,6 +143,22 @@ func (c *Client) RecoverMove(ctx context.Context, id, word string) error {
 	return c.send(ctx, http.MethodPost, Word{word}, "moves", id, "recover")
 }
 
+// RollbackMove has the guest of a move come back, and returns the move by which it
+// does. An *APIError with status 502 says that the other site is not reached.
+func (c *Client) RollbackMove(ctx context.Context, id string) (Rollback, error) {
+	return document[Rollback](c.call(ctx, http.MethodPost, nil, "moves", id, "rollback"))
+}
+
+// LeftCopy finds the whole copy that the guest of a move has left.
+func (c *Client) LeftCopy(ctx context.Context, id string) (LeftCopy, error) {
+	return get[LeftCopy](ctx, c, "moves", id, "copy")
+}
+
+// StartCopy starts the guest of a move from the copy that it has left.
+func (c *Client) StartCopy(ctx context.Context, id string) error {
+	return c.send(ctx, http.MethodPost, nil, "moves", id, "copy", "start")
+}
+
 // LimitMove changes how much of the link a move may use, by its ID or the name of
 // the VM. An *APIError with status 409 says that the move is over, or that its other
 // host limits it.

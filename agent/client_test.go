@@ -77,6 +77,9 @@ func TestClientRequests(t *testing.T) {
 		{``, `POST /v1/redirects/m1/cut {"force":true}`, func() error { return c.CutRedirect(ctx, "m1", true) }},
 		{``, `PUT /v1/moves/my%20vm/limit {"rate":"50mbit"}`, func() error { return c.LimitMove(ctx, "my vm", migrate.Limit{Most: 50e6}) }},
 		{``, `POST /v1/moves/m1/recover {"word":"run-here"}`, func() error { return c.RecoverMove(ctx, "m1", "run-here") }},
+		{`{"move":"m2"}`, "POST /v1/moves/m1/rollback ", func() error { _, err := c.RollbackMove(ctx, "m1"); return err }},
+		{`{}`, "GET /v1/moves/m1/copy ", func() error { _, err := c.LeftCopy(ctx, "m1"); return err }},
+		{``, "POST /v1/moves/m1/copy/start ", func() error { return c.StartCopy(ctx, "m1") }},
 		{``, "POST /v1/moves/m1/cancel ", func() error { return c.CancelMove(ctx, "m1") }},
 	} {
 		answer = tc.answer

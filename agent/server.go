@@ -31,6 +31,9 @@ func (a *agent) routes() http.Handler {
 	mux.HandleFunc("GET /v1/moves/{id}/watch", a.watchMove)
 	mux.HandleFunc("POST /v1/moves/{id}/cancel", a.cancelMove)
 	mux.HandleFunc("POST /v1/moves/{id}/recover", a.recoverMove)
+	mux.HandleFunc("POST /v1/moves/{id}/rollback", a.rollbackMove)
+	mux.HandleFunc("GET /v1/moves/{id}/copy", a.getCopy)
+	mux.HandleFunc("POST /v1/moves/{id}/copy/start", a.startCopy)
 	mux.HandleFunc("PUT /v1/moves/{id}/limit", a.limitMove)
 	mux.HandleFunc("GET /v1/redirects", a.getRedirects)
 	mux.HandleFunc("GET /v1/redirects/{move}", a.getRedirect)
@@ -263,6 +266,49 @@ func (a *agent) recoverMove(w http.ResponseWriter, r *http.Request) {
 	default:
 		w.WriteHeader(http.StatusNoContent)
 	}
+}
+
+func (a *agent) rollbackMove(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := context.WithTimeout(r.Context(), rollbackTimeout)
+	defer cancel()
+	move, err := a.engine.Rollback(ctx, r.PathValue("id"))
+	if err != nil {
+		fail(w, statusOfRollback(err), err)
+		return
+	}
+	reply(w, http.StatusCreated, Rollback{move})
+}
+
+func (a *agent) getCopy(w http.ResponseWriter, r *http.Request) {
+	since, err := a.engine.CopySince(r.PathValue("id"))
+	if err != nil {
+		fail(w, statusOfRollback(err), err)
+		return
+	}
+	reply(w, http.StatusOK, LeftCopy{since})
+}
+
+func (a *agent) startCopy(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := context.WithTimeout(r.Context(), rollbackTimeout)
+	defer cancel()
+	if err := a.engine.StartCopy(ctx, r.PathValue("id")); err != nil {
+		fail(w, statusOfRollback(err), err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// rollbackTimeout is shorter than the command's patience.
+const rollbackTimeout = 55 * time.Second
+
+func statusOfRollback(err error) int {
+	switch {
+	case errors.Is(err, migrate.ErrNoMove):
+		return http.StatusNotFound
+	case errors.Is(err, migrate.ErrNotReached):
+		return http.StatusBadGateway
+	}
+	return http.StatusConflict
 }
 
 func (a *agent) limitMove(w http.ResponseWriter, r *http.Request) {

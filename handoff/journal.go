@@ -41,6 +41,7 @@ type Entry struct {
 	XML string `json:"xml,omitempty"`
 
 	Keep []Copy `json:"keep,omitempty"` // disks that stay, as an operator asked
+	Back Back   `json:"back,omitzero"`
 
 	// Destination: what the move made there, removed when it is aborted (then there
 	// is none any more), and the images that are kept for a next attempt instead.
@@ -51,6 +52,16 @@ type Entry struct {
 	// Outcome is the move's status as last shown, opaque here.
 	Outcome json.RawMessage `json:"outcome,omitempty"`
 }
+
+// Back tells what of a guest has another name at the source than at the
+// destination: of files and devices, and of bridges and networks, there = here.
+type Back struct {
+	Storage  map[string]string `json:"storage,omitempty"`
+	Networks map[string]string `json:"networks,omitempty"`
+}
+
+// IsZero reports that there is nothing.
+func (b Back) IsZero() bool { return len(b.Storage)+len(b.Networks) == 0 }
 
 // ErrNoEntry is returned when the journal holds nothing of a move.
 var ErrNoEntry = errors.New("no such move in the journal")

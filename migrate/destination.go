@@ -90,6 +90,18 @@ func (e *Engine) converse(ctx context.Context, session *tunnel.Session, ctl *con
 				kind, answer := e.decision(ctx, ask, session.Peer())
 				err = ctl.send(ctx, kind, answer)
 			}
+		case kindReturn:
+			var ask giveBack
+			if err = decode(body, &ask); err == nil {
+				err = ask.validate()
+			}
+			var back givenBack
+			if err == nil {
+				back, err = e.giveBack(ctx, ask, session.Peer())
+			}
+			if err == nil {
+				err = ctl.send(ctx, kindReturning, back)
+			}
 		case kindPrepare:
 			var ask prepare
 			if err = decode(body, &ask); err == nil {

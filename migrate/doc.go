@@ -16,6 +16,7 @@
 //	meter.go        rates and the estimate of the time left
 //	decision.go     the handoff at the source, and its end
 //	retry.go        another attempt after one that was rolled back
+//	rollback.go     a move that is done, taken back
 //	undecided.go    either side while it does not know the end, and what operators say of it
 //	recover.go      what an agent finds in its journal when it starts
 package migrate

@@ -210,7 +210,7 @@ func (s *source) transfer(ctx context.Context) error {
 	st := s.move.Status()
 	s.entry = handoff.Entry{Move: st.Move, VM: s.dom.Name, UUID: s.dom.UUID, Site: s.req.To, Peer: string(s.session.Peer()),
 		Started: st.Started, Persistent: s.dom.Persistent, Paused: s.dom.State == hypervisor.Paused, NVRAM: s.dom.NVRAM != "",
-		Autostart: s.dom.Autostart, XML: s.dom.XML, Boot: bootID()}
+		Autostart: s.dom.Autostart, XML: s.dom.XML, Boot: bootID(), Back: wayBack(s.plan, s.req.Networks)}
 	if s.dom.Persistent {
 		s.entry.XML = s.dom.InactiveXML
 	}

@@ -40,6 +40,9 @@ const (
 
 	kindMeasure  = 18 // prober: opens a channel and sends as fast as it goes, until it ends the channel
 	kindMeasured = 19 // destination: how much came, and how fast
+
+	kindReturn    = 20 // the source of a move that is over: move the guest back
+	kindReturning = 21 // its destination: it is on its way
 )
 
 const (
@@ -157,6 +160,18 @@ type query struct {
 	Move string `json:"move"`
 	// Claimed tells that the source runs the guest, as an operator there said.
 	Claimed bool `json:"claimed,omitempty"`
+}
+
+// giveBack asks for the guest of a move, and says what it had at the source: files
+// and devices, and bridges and networks, there = here.
+type giveBack struct {
+	Move     string            `json:"move"`
+	Storage  map[string]string `json:"storage,omitempty"`
+	Networks map[string]string `json:"networks,omitempty"`
+}
+
+type givenBack struct {
+	Move string `json:"move"` // the new one
 }
 
 var moveID = regexp.MustCompile(`^mv-[a-z2-7]{8}$`)

@@ -45,7 +45,8 @@ func TestValidateRefuses(t *testing.T) {
 
 func FuzzControl(f *testing.F) {
 	for _, body := range []any{hello{Protocol: 1, Site: "a"}, check{Name: "a", XML: "<domain/>", Disks: []wireDisk{goodDisk()}},
-		prepare{Move: "mv-abcdefgh", Name: "a", Disks: []wireDisk{goodDisk()}}, offer{Cookie: []byte("c")}, running{DrainMS: 1}, reason{"r"}, query{Move: "mv-abcdefgh"}} {
+		prepare{Move: "mv-abcdefgh", Name: "a", Disks: []wireDisk{goodDisk()}}, offer{Cookie: []byte("c")}, running{DrainMS: 1}, reason{"r"}, query{Move: "mv-abcdefgh"},
+		giveBack{Move: "mv-abcdefgh", Storage: map[string]string{"/a": "/b"}}, givenBack{"mv-abcdefgh"}} {
 		b, _ := json.Marshal(body)
 		f.Add(b)
 	}

@@ -101,6 +101,7 @@ it over a unix socket.
 		newLimitCommand(client),
 		newCancelCommand(client),
 		newRecoverCommand(client),
+		newRollbackCommand(client),
 		newRedirectCommand(client),
 		newCopiesCommand(client),
 		newSeedsCommand(client),

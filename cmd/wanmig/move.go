@@ -139,9 +139,14 @@ func move(cmd *cobra.Command, client *agent.Client, req migrate.Request, detach,
 		return result, nil
 	}
 
+	return watch(cmd, client, m, result, asJSON)
+}
+
+// watch follows a move and tells how it ended, all but its error.
+func watch(cmd *cobra.Command, client *agent.Client, m migrate.Status, result migrate.Result, asJSON bool) (migrate.Result, error) {
 	f := newFollower(cmd, client, asJSON)
 	defer f.stop()
-	m, err = f.follow(ctx, m)
+	m, err := f.follow(cmd.Context(), m)
 	switch {
 	case errors.Is(err, errDetached):
 		result.Result = resultDetached

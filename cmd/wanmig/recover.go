@@ -66,9 +66,6 @@ because its host or the agent went down meanwhile.`,
 
 // confirm tells what a word does, and has the operator say the guest's name.
 func confirm(cmd *cobra.Command, word string, s migrate.Status) error {
-	if !term.IsTerminal(int(os.Stdin.Fd())) {
-		return errors.New("nobody is there to be asked: --yes says that you are sure")
-	}
 	if s.Result != nil {
 		for _, w := range s.Result.Ways {
 			if strings.HasSuffix(w.Command, word) {
@@ -76,13 +73,21 @@ func confirm(cmd *cobra.Command, word string, s migrate.Status) error {
 			}
 		}
 	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "Type the guest's name to go on: ")
+	return typeName(cmd, s.VM)
+}
+
+// typeName has the operator type a guest's name, to show that it is meant.
+func typeName(cmd *cobra.Command, vm string) error {
+	if !term.IsTerminal(int(os.Stdin.Fd())) {
+		return errors.New("nobody is there to be asked: --yes says that you are sure")
+	}
+	fmt.Fprint(cmd.ErrOrStderr(), "Type the guest's name to go on: ")
 	line, err := bufio.NewReader(os.Stdin).ReadString('\n')
 	if err != nil {
 		return fmt.Errorf("not confirmed: %w", err)
 	}
-	if strings.TrimSpace(line) != s.VM {
-		return fmt.Errorf("not confirmed: the guest is %s", name(s.VM))
+	if strings.TrimSpace(line) != vm {
+		return fmt.Errorf("not confirmed: the guest is %s", name(vm))
 	}
 	return nil
 }
