@@ -287,6 +287,23 @@ func (o *Outbox) Flush(ctx context.Context) error {
 	return nil
 }
 
+// Settle asks the destination to make durable what was written here until now, and
+// returns a function that reports whether it has, or the outbox has ended: what is
+// left for the final barrier is then little.
+func (o *Outbox) Settle() (settled func() bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.sealed && o.err == nil {
+		o.pushBarrier(span{})
+	}
+	id := o.barrier
+	return func() bool {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		return o.durable >= id || o.sealed || o.err != nil
+	}
+}
+
 // pause waits, with the mutex released, for a change of the outbox, or of the
 // budget when it is given the channel for that.
 func (o *Outbox) pause(ctx context.Context, room <-chan struct{}) error {

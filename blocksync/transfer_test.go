@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/wanmig/wanmig/blocksync/nbd"
 	"pgregory.net/rapid"
@@ -607,6 +608,41 @@ func TestSeal(t *testing.T) {
 		synctest.Wait()
 		if !flushed.Load() {
 			t.Error("final barrier did not answer the strict flush")
+		}
+		if err := x.settled(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// What is settled is durable at the destination, while the mirror goes on.
+func TestSettle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDisk(16 << 20)
+		x := newTransfer(t, d, newBudget(t, 1<<20, 0))
+		if err := x.outbox.WriteAt(t.Context(), fill(blockSize, 1), 0, false); err != nil {
+			t.Fatal(err)
+		}
+		settled := x.outbox.Settle()
+		synctest.Wait()
+		if settled() {
+			t.Error("settled before anything was sent")
+		}
+		x.start(t.Context())
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if !settled() {
+			t.Error("not settled after a second")
+		}
+		if err := x.outbox.WriteAt(t.Context(), fill(blockSize, 2), blockSize, false); err != nil {
+			t.Fatal(err)
+		}
+		x.outbox.Seal()
+		if err := x.wait(); err != nil {
+			t.Error(err)
+		}
+		if !x.outbox.Settle()() {
+			t.Error("a disk that is complete does not settle")
 		}
 		if err := x.settled(); err != nil {
 			t.Error(err)

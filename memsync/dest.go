@@ -177,6 +177,14 @@ func (d *Dest) stream(ctx context.Context, cancel context.CancelCauseFunc) error
 			if err := d.offers.take(frame); err != nil {
 				return err
 			}
+		case frameMark:
+			if len(frame) != numberHeader {
+				return fmt.Errorf("%w: a mark of %d bytes", ErrFrame, len(frame))
+			}
+			frame[0] = framePassed
+			if err := d.cfg.Return.Send(ctx, frame); err != nil {
+				return fmt.Errorf("answer a mark: %w", err)
+			}
 		case frameTail:
 			if len(frame) != 1 || d.tail != nil {
 				return fmt.Errorf("%w: tail out of place", ErrFrame)

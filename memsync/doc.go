@@ -42,7 +42,7 @@
 // On the return path the destination QEMU answers in messages of u16 type,
 // u16 n, n bytes. Type 1 is SHUT with a u32: 0 when the state was loaded.
 //
-// # Frames from Source to Dest, version 3
+// # Frames from Source to Dest, version 4
 //
 //	01 start   u16 version, u32 slots
 //	02 batch   u8 page bits, u32 crc, operations, deltas, contents
@@ -50,6 +50,7 @@
 //	04 end     u64 bytes of the whole stream
 //	05 offer   u32 number, 1 to 66 fingerprints of 16 bytes
 //	06 use     like batch, and ends the oldest offer
+//	07 mark    u32 number
 //
 // The first frame is start, the last is end; tail comes at most once. slots is
 // how many pages both sides keep. crc is CRC-32C of the stream bytes that the
@@ -120,6 +121,11 @@
 //
 //	81 return  bytes of the return path, at most 65,536
 //	82 held    u32 number, two bits a page, the first the lowest of the first byte
+//	83 passed  u32 number
+//
+// passed answers a mark of the same number once QEMU has taken all that was sent before
+// the mark, or in the tail once it is held. Marks are numbered from 1. A source that is about to have the guest
+// stopped so learns that nothing stands before its tail any more.
 //
 // Numbers of frames and operations are only appended. A receiver refuses a
 // frame, an operation or a version that it does not know.

@@ -157,15 +157,20 @@ func FuzzDest(f *testing.F) {
 	f.Add(pack(startFrame, kept(0, content(1)), opsFrame(0, pageOp(opReference, 0)...), kept(1, content(2)),
 		sectionsFrame(0, deltaOp(2, 1, 3), []byte("\x09\x01\x01"), nil), opsFrame(0, pageOp(opReference, 2)...)))
 	f.Add(pack([]byte{frameTail}))
+	f.Add(pack(startFrame, bytesFrame([]byte("memory")), markFrame(1), []byte{frameTail}, markFrame(2), []byte{frameMark, 0, 0}))
 	f.Add(pack(startFrame, offerFrame(0, content(1), content(9), content(2)), offerFrame(1, content(9)),
 		useFrame(0, slices.Concat(pageOp(opHeld, 0), pageOp(opReference, 0), pageOp(opHeld, 1)), nil), useFrame(0, pageOp(opKeep, 2), content(9))))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		frames, qemu := newChannel(), newSink()
-		d := NewDest(DestConfig{Frames: frames, Return: newChannel(), Dial: dialTo(qemu), Gate: open, Store: testSlots * storePage, Have: somePages})
+		frames, returns, qemu := newChannel(), newChannel(), newSink()
+		d := NewDest(DestConfig{Frames: frames, Return: returns, Dial: dialTo(qemu), Gate: open, Store: testSlots * storePage, Have: somePages})
 		var wg sync.WaitGroup
 		wg.Go(func() { d.Run(ctx); cancel() })
+		wg.Go(func() {
+			for err := error(nil); err == nil; _, err = returns.Recv(ctx, nil) {
+			}
+		})
 		shadow, err := newUnbatch(testSlots)
 		if err != nil {
 			t.Fatal(err)

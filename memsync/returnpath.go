@@ -63,7 +63,8 @@ func (m *messages) loaded() bool { return m.shut && m.status == 0 }
 
 // answers writes the return path of the source QEMU.
 type answers struct {
-	held func(body []byte) error // takes an answer to an offer
+	held   func(body []byte) error // takes an answer to an offer
+	passed func(body []byte) error // takes an answer to a mark
 
 	mu     sync.Mutex
 	qemu   io.Writer
@@ -88,6 +89,10 @@ func (a *answers) run(ctx context.Context, frames frameReader) error {
 		switch {
 		case len(frame) > 0 && frame[0] == frameHeld:
 			if err := a.held(frame[1:]); err != nil {
+				return err
+			}
+		case len(frame) > 0 && frame[0] == framePassed:
+			if err := a.passed(frame[1:]); err != nil {
 				return err
 			}
 		case len(frame) < 2 || len(frame) > 1+maxReturn || frame[0] != frameReturn:

@@ -63,6 +63,7 @@ type Source struct {
 	cfg     SourceConfig
 	reader  *reader
 	answers answers
+	marks   marks
 	timer   *time.Timer
 
 	in         input
@@ -99,7 +100,7 @@ func NewSource(cfg SourceConfig) *Source {
 		offerAbove: offerAbove,
 		pageBits:   defaultPageBits,
 	}
-	s.answers.held = s.pipeline.held
+	s.answers.held, s.answers.passed = s.pipeline.held, s.marks.passed
 	s.timer.Stop()
 	return s
 }

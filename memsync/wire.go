@@ -9,7 +9,7 @@ import (
 )
 
 // Version of the frames that Source sends, see the package's documentation.
-const Version = 3
+const Version = 4
 
 const (
 	frameStart  = 0x01 // u16 version, u32 slots of the page store
@@ -18,8 +18,10 @@ const (
 	frameEnd    = 0x04 // u64 bytes of the stream
 	frameOffer  = 0x05 // u32 number, fingerprints
 	frameUse    = 0x06 // like a batch, of the oldest offer
+	frameMark   = 0x07 // u32 number
 	frameReturn = 0x81 // bytes of the return path
 	frameHeld   = 0x82 // u32 number, origins of 2 bits
+	framePassed = 0x83 // u32 number
 )
 
 // Operations of a batch. A page that is kept is written to its slot of the
@@ -59,7 +61,7 @@ const (
 	// compresses further, while whole pages shrink to about a half or a third.
 	maxDelta = 1 << 10
 
-	numberHeader   = 1 + 4 // of offer and held
+	numberHeader   = 1 + 4 // of offer and held; all of mark and passed
 	sumSize        = len(compress.Fingerprint{})
 	originsPerByte = 4
 

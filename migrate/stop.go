@@ -30,6 +30,11 @@ const (
 	tellingRound   = 500 * time.Millisecond
 	tellingContent = 1 << 20
 	leastRatio     = 0.005
+	// A guest is quiet when it dirties no more than this part of what the link takes:
+	// while the way is cleared for it, little comes together.
+	quietPart = 1.0 / 8
+	// clearMost is how long that may take; then the next round is judged anew.
+	clearMost = 3 * time.Second
 )
 
 // brake withholds the stop of a guest until convergence says so. Its methods are
@@ -37,7 +42,10 @@ const (
 type brake struct {
 	sy       *syncer
 	converge convergence
-	due      bool // the guest shall stop
+	due      bool          // the guest shall stop
+	quiet    bool          // it may wait for that
+	ahead    []func() bool // what the destination has to have first; nil: it was not asked
+	asked    time.Time
 	looks    int
 	reach    reach  // bytes per second that the session has sent
 	sent     uint64 // by it, at that time
@@ -103,7 +111,7 @@ func (b *brake) look(now time.Time) {
 		b.sent, b.at = sent, now
 	}
 	if b.sy.released.Load() && b.sy.s.vigil.isSilent() {
-		b.due = false
+		b.withdraw()
 		b.sy.withhold()
 		b.sy.released.Store(false)
 	}
@@ -122,7 +130,11 @@ func (b *brake) round(now time.Time) {
 	r := b.start(now, job)
 	sy.roundLeft.Store(r.left)
 	v := b.converge.begin(r)
+	if v != stopNow {
+		b.withdraw()
+	}
 	b.due = v == stopNow
+	b.quiet = r.takes == 0 || float64(dirtyRate(job)) <= quietPart*float64(r.takes)
 	sy.foresee.Store(&r)
 	sy.s.move.update(func(st *Status) {
 		st.Memory.Stalled = b.converge.stalled
@@ -174,16 +186,54 @@ func (b *brake) start(now time.Time, job hypervisor.JobStats) roundStart {
 	return r
 }
 
+// withdraw lets the guest run on.
+func (b *brake) withdraw() {
+	b.due, b.ahead = false, nil
+	b.sy.clearing.Store(false)
+}
+
+// clear has the destination take everything that was sent, so that what follows the
+// guest's stop has nothing before it: no queue on the link, no pages that its QEMU has not got yet, no
+// blocks that are not durable. Meanwhile no more memory is read. It reports whether
+// that is done.
+func (b *brake) clear() bool {
+	sy := b.sy
+	memory := sy.memory.Load()
+	if b.ahead == nil && memory != nil {
+		sy.clearing.Store(true)
+		b.asked = time.Now()
+		for _, d := range sy.disks {
+			b.ahead = append(b.ahead, d.outbox.Settle())
+		}
+		passed, err := memory.Mark(sy.ctx)
+		if err != nil {
+			return false // the stream's own error ends the sync
+		}
+		b.ahead = append(b.ahead, passed)
+	}
+	if time.Since(b.asked) > clearMost {
+		b.withdraw()
+		return false
+	}
+	for _, done := range b.ahead {
+		if !done() {
+			return false
+		}
+	}
+	return true
+}
+
 // release lets QEMU stop the guest, when nothing else would keep it waiting then.
 func (b *brake) release() {
 	sy := b.sy
-	if l := sy.load(); !l.drained() || l.Silent {
+	if l := sy.load(); !l.drained() || l.Silent || b.quiet && !b.clear() {
 		return
 	}
 	sy.released.Store(true) // from now on the stream is read as at its end
+	sy.clearing.Store(false)
 	if err := sy.s.Host.SetMaxDowntime(sy.ctx, sy.s.dom.UUID, hypervisor.MaxDowntimeLimit); err != nil {
 		sy.released.Store(false)
-		b.due = false
+		b.withdraw()
 		if sy.ctx.Err() == nil {
 			sy.s.log.Warn("libvirt does not let the guest be stopped, the next round is waited for", "error", err)
 		}

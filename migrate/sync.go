@@ -54,6 +54,7 @@ type syncer struct {
 
 	newRound chan struct{}              // QEMU has begun another round of memory
 	released atomic.Bool                // it may stop the guest
+	clearing atomic.Bool                // the destination takes what was sent, before that
 	foresee  atomic.Pointer[roundStart] // the last round that was judged
 
 	stopAt    atomic.Int64 // Unix nanoseconds of the guest's stop, 0 while it runs
@@ -259,7 +260,7 @@ func (sy *syncer) watchRedirect() {
 func (sy *syncer) mayRead() bool {
 	l := sy.load()
 	faults.At(passOf(l))
-	if !memoryMayRead(l) {
+	if sy.clearing.Load() || !memoryMayRead(l) {
 		return false
 	}
 	if sy.hooked || !sy.memoryStats().Opaque && farFromStop(l) {
