@@ -11,8 +11,8 @@ import (
 const (
 	maxRate = 10 << 30 // bytes per second
 
-	verifyPages  = 1024 // per second
-	verifyBlocks = 16   // per second and disk
+	verifyPages  = 256 // per second, besides what it is told to verify
+	verifyBlocks = 16  // per second and disk
 
 	batch = 250 * time.Millisecond // of blocks written before an fsync
 )
@@ -56,7 +56,7 @@ func (l *load) start() {
 			l.memory.edit()
 		}
 	})
-	go pace(20*time.Millisecond, func() float64 { return verifyPages }, func(n int64) {
+	go pace(50*time.Millisecond, func() float64 { return verifyPages }, func(n int64) {
 		for range n {
 			l.memory.verifyNext()
 		}
@@ -77,12 +77,16 @@ func (l *load) start() {
 }
 
 // pace calls do every interval, for ever, with the number of steps that the rate, in steps per second, has made due since.
-// After a pause it does not catch up on more than four intervals.
+// After a pause it does not catch up on more than four intervals. While nothing is due it looks ten times less often.
 func pace(interval time.Duration, rate func() float64, do func(n int64)) {
 	due := 0.0
 	last := monotonic()
 	for {
-		time.Sleep(interval)
+		if rate() > 0 {
+			time.Sleep(interval)
+		} else {
+			time.Sleep(10 * interval)
+		}
 		now := monotonic()
 		due += rate() * min(now-last, 4*interval).Seconds()
 		last = now
