@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -98,6 +99,18 @@ func OpenJournal(path string) (*Journal, error) {
 	}
 	return &Journal{db}, nil
 }
+
+// Room is how many bytes the journal's file system has for it.
+func (j *Journal) Room() (int64, error) {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(j.db.Path(), &st); err != nil {
+		return 0, fmt.Errorf("journal %s: %w", j.db.Path(), err)
+	}
+	return int64(st.Bavail) * int64(st.Bsize), nil
+}
+
+// Path is the journal's file.
+func (j *Journal) Path() string { return j.db.Path() }
 
 // Close closes the journal.
 func (j *Journal) Close() error { return j.db.Close() }

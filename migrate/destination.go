@@ -265,7 +265,7 @@ func (e *Engine) checkIncoming(ctx context.Context, ask check) []Finding {
 	}
 	found, err := e.Host.CheckIncoming(ctx, spec)
 	findings := convert(found, err, "checks at the destination", "start libvirtd there: wanmig site check shows more")
-	findings = append(findings, older...)
+	findings = append(append(findings, older...), e.checkJournal("at the destination")...)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if other, taken := e.busy[ask.UUID]; taken {

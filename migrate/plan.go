@@ -128,6 +128,23 @@ func unusedNetworks(dom *hypervisor.Domain, networks map[string]string) error {
 	return nil
 }
 
+// journalRoom is what a journal must have room for before a move begins: its few
+// records, of a file that grows by doubling up to 32 MiB.
+const journalRoom = 32 << 20
+
+// checkJournal finds a journal that would be full when the move is to be decided.
+func (e *Engine) checkJournal(where string) []Finding {
+	room, err := e.Journal.Room()
+	switch {
+	case err != nil:
+		return []Finding{{Check: "journal", Problem: err.Error(), Remedy: "look at the agent's state folder " + where, Fatal: true}}
+	case room < journalRoom:
+		return []Finding{{Check: "journal", Problem: fmt.Sprintf("%d MiB are free %s beside %s: a move's decision has to be written there", room>>20, where, e.Journal.Path()),
+			Remedy: fmt.Sprintf("free %d MiB, or set state in agent.yaml to another folder", (journalRoom-room)>>20+1), Fatal: true}}
+	}
+	return nil
+}
+
 // convert takes the hypervisor's findings into ours. What kept it from looking
 // is a finding as well.
 func convert(from []hypervisor.Finding, err error, check, remedy string) []Finding {

@@ -58,6 +58,9 @@ func (e *Engine) takeUp(ctx context.Context, entry handoff.Entry) {
 	}
 	e.work.Go(func() {
 		defer close(r.move.done)
+		if entry.State == handoff.Offered {
+			r.fenceAgain(ctx)
+		}
 		u := &undecided{Engine: e, move: r.move, entry: &r.entry, log: r.log, step: r.step}
 		u.run(ctx)
 		e.release(entry.UUID, r.move)
@@ -72,6 +75,17 @@ type restarted struct {
 	entry handoff.Entry
 	log   *slog.Logger
 	left  error // an errLeft
+}
+
+// fenceAgain takes a definition away that libvirt has written when its mirrors
+// ended, after the fence, and that came to light when the host was started anew.
+func (r *restarted) fenceAgain(ctx context.Context) {
+	if state, err := r.Host.State(ctx, r.entry.UUID); err != nil || state.Active() {
+		return
+	}
+	if err := r.fence(ctx, r.entry); err != nil {
+		r.log.Warn("the guest can still be started here by mistake", "error", err)
+	}
 }
 
 // step carries the actions of an event out. All of them can be done again.

@@ -92,6 +92,7 @@ func (s *source) check(ctx context.Context) error {
 	}
 	found, err := s.Host.CheckOutgoing(ctx, s.dom)
 	findings := append(s.plan.findings, convert(found, err, "checks at the source", "look at libvirtd here")...)
+	findings = append(findings, s.checkJournal("at the source")...)
 	there, err := s.checkThere(ctx)
 	if errors.Is(err, errRequest) {
 		return err

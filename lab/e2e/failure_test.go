@@ -247,6 +247,15 @@ X`); status != 0 {
 	if _, complaint, status := w.run(lab.RemoteDC, "virsh", "undefine", "web"); status != 0 {
 		t.Fatal(complaint)
 	}
+	for _, dc := range lab.DataCentres {
+		if _, complaint, status := w.run(dc, "sh", "-c", "mount -t tmpfs -o size=8m tmpfs /var/lib/wanmig && touch /var/lib/wanmig/journal.db"); status != 0 {
+			t.Fatal(complaint)
+		}
+		w.refused("web", "free beside")
+		if _, complaint, status := w.run(dc, "umount", "/var/lib/wanmig"); status != 0 {
+			t.Fatal(complaint)
+		}
+	}
 	if err := w.Sites[lab.RemoteDC].KillLibvirtd(t.Context()); err != nil {
 		t.Fatal(err)
 	}
