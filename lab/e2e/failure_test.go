@@ -251,7 +251,7 @@ X`); status != 0 {
 		if _, complaint, status := w.run(dc, "sh", "-c", "mount -t tmpfs -o size=8m tmpfs /var/lib/wanmig && touch /var/lib/wanmig/journal.db"); status != 0 {
 			t.Fatal(complaint)
 		}
-		w.refused("web", "free beside")
+		w.refused("web", "8 MiB are free")
 		if _, complaint, status := w.run(dc, "umount", "/var/lib/wanmig"); status != 0 {
 			t.Fatal(complaint)
 		}
