@@ -75,6 +75,11 @@ func (l *Lab) remove(ctx context.Context) error {
 			return err
 		}
 	}
+	for _, s := range l.Sites {
+		if err := s.detachDisk(); err != nil {
+			return err
+		}
+	}
 	return l.removeFiles()
 }
 
@@ -114,7 +119,7 @@ func (l *Lab) removeFiles() error {
 		return err
 	}
 	for _, point := range points {
-		// The lab mounts nothing where the host sees it. Someone else's files
+		// The lab's own disks are not mounted any more. Someone else's files
 		// are not to be deleted.
 		if within(point, l.Dir) && point != l.Dir {
 			return fmt.Errorf("something is mounted on %s: unmount it and run wanlab down again", point)

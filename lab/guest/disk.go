@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -64,6 +65,9 @@ func openDisk(device, root string, bytes int64, seed uint64) (*disk, error) {
 	d.slots = max(min(bytes/8, maxRing)/api.BlockSize, 2)
 	path := filepath.Join(root, ringName)
 	var err error
+	if d.counts.Found, err = d.survey(path); err != nil {
+		return nil, err
+	}
 	if d.ring, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
 		return nil, err
 	}
@@ -83,6 +87,28 @@ func openDisk(device, root string, bytes int64, seed uint64) (*disk, error) {
 	}
 	d.counts.Files = int64(len(lines))
 	return d, nil
+}
+
+// survey tells how far a ring that an earlier boot left is whole: every block up to
+// that number is there that has not been overwritten by a later one.
+func (d *disk) survey(path string) (found int64, err error) {
+	ring, err := os.ReadFile(path)
+	if os.IsNotExist(err) || err == nil && int64(len(ring)) != d.slots*api.BlockSize {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	found = math.MaxInt64
+	for slot := range d.slots {
+		missing := slot + 1 // the first number that this slot does not have
+		w := api.Words(ring[slot*api.BlockSize:][:api.BlockSize])
+		if n := int64(w[2]); n > 0 && (n-1)%d.slots == slot && d.cell(n).Matches(w) {
+			missing = n + d.slots
+		}
+		found = min(found, missing-1)
+	}
+	return found, nil
 }
 
 // aligned returns memory that O_DIRECT takes.

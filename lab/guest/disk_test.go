@@ -66,6 +66,29 @@ func TestDiskUnderLoadHasNoErrors(t *testing.T) {
 	}
 }
 
+// TestDiskFindsWhatWasWritten boots again, after nothing, after some blocks, after more
+// than there is room for, and with one of them gone.
+func TestDiskFindsWhatWasWritten(t *testing.T) {
+	for _, c := range []struct{ written, lost, found int64 }{{0, 0, 0}, {3, 0, 3}, {8, 0, 8}, {21, 0, 21}, {21, 19, 2}, {5, 1, 0}} {
+		d := testDisk(t)
+		put(t, d, c.written)
+		if c.lost > 0 {
+			if _, err := d.ring.WriteAt([]byte{1}, (c.lost-1)%d.slots*api.BlockSize+99); err != nil {
+				t.Fatal(err)
+			}
+		}
+		again, err := openDisk("vda", d.root, 8*8*api.BlockSize, 42)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if found := again.report().Found; found != c.found {
+			t.Errorf("of %d blocks without number %d the next boot found %d, want %d", c.written, c.lost, found, c.found)
+		}
+		again.ring.Close()
+		again.direct.Close()
+	}
+}
+
 func TestDiskFindsWrongBlocks(t *testing.T) {
 	block := func(t *testing.T, d *disk, slot int64) []byte {
 		b := make([]byte, api.BlockSize)

@@ -70,13 +70,15 @@ type MemoryReport struct {
 }
 
 // DiskReport tells of one disk. Acknowledged is the highest sequence number that fsync has confirmed; every block up to it
-// must survive anything. WaitingMS is how long the longest operation under way has taken so far, LongestWaitMS how long the
+// must survive anything; Found is how far the blocks were all there that the boot before had written, when this one began.
+// WaitingMS is how long the longest operation under way has taken so far, LongestWaitMS how long the
 // longest of all that ended took, by the guest's monotonic clock.
 type DiskReport struct {
 	Device         string   `json:"device"`
 	Bytes          int64    `json:"bytes"`
 	WrittenBlocks  int64    `json:"written_blocks"`
 	Acknowledged   int64    `json:"acknowledged"`
+	Found          int64    `json:"found"`
 	VerifiedBlocks int64    `json:"verified_blocks"`
 	Files          int64    `json:"files"` // listed in its manifest
 	WaitingMS      int64    `json:"waiting_ms"`
