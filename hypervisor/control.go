@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
@@ -95,6 +96,21 @@ func (h *Host) Define(ctx context.Context, xml string) error {
 		_, err := l.DomainDefineXMLFlags(xml, 0)
 		return err
 	})
+}
+
+// definitions are where libvirtd for the whole system keeps what is defined, and which
+// of it starts with the host.
+var definitions = []string{"/etc/libvirt/qemu", "/etc/libvirt/qemu/autostart"}
+
+// SyncDefinitions makes durable what has been defined and undefined until now: libvirt
+// writes and renames files, and leaves their folder to the kernel.
+func SyncDefinitions() error {
+	for _, dir := range definitions {
+		if err := syncFolder(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("make definitions of domains durable: %w", err)
+		}
+	}
+	return nil
 }
 
 // SetAutostart tells libvirtd whether to start the persistent domain with the

@@ -226,6 +226,9 @@ func (h *Host) RemoveDisk(ctx context.Context, path string) error {
 	if err := os.Remove(path); err != nil {
 		return fmt.Errorf("remove disk: %w", err)
 	}
+	if err := syncFolder(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("remove disk %s: %w", path, err)
+	}
 	return nil
 }
 

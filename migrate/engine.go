@@ -331,6 +331,13 @@ func (e *Engine) record(entry *handoff.Entry, state handoff.State, m *Move) erro
 	if outcome, err := json.Marshal(m.Status()); err == nil && phaseOf(state).Final() {
 		entry.Outcome = outcome
 	}
+	if state.Final() {
+		// What the peer takes for given must not come undone with this host's power.
+		if err := hypervisor.SyncDefinitions(); err != nil {
+			*entry = before
+			return err
+		}
+	}
 	if err := e.Journal.Put(*entry); err != nil {
 		*entry = before
 		return fmt.Errorf("%w: free some space in the agent's state folder", err)
