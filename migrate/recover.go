@@ -321,6 +321,9 @@ func (e *Engine) clear(ctx context.Context, entry handoff.Entry) error {
 			return err
 		}
 	}
+	if err := e.eraseDefinition(ctx, entry); err != nil {
+		return err
+	}
 	for i := range entry.Keep {
 		entry.Keep[i].Since = time.Now()
 	}

@@ -360,6 +360,19 @@ func (e *Engine) fence(ctx context.Context, entry handoff.Entry) error {
 	return e.Host.Undefine(ctx, entry.UUID, false)
 }
 
+// eraseDefinition removes what libvirt has written of a domain that was fenced. It
+// writes the definition once more when the disks' mirrors end (qemuDomainSaveConfig,
+// from the end of a block job), and its next start would find the guest here.
+func (e *Engine) eraseDefinition(ctx context.Context, entry handoff.Entry) error {
+	if !entry.Persistent || entry.XML == "" {
+		return nil
+	}
+	if err := e.Host.Define(ctx, entry.XML); err != nil {
+		return err
+	}
+	return e.Host.Undefine(ctx, entry.UUID, false)
+}
+
 // restoreDefinition makes a domain that was given away as persistent as it was.
 func (e *Engine) restoreDefinition(ctx context.Context, entry handoff.Entry) error {
 	if !entry.Persistent || entry.XML == "" {
