@@ -264,9 +264,11 @@ func (e *Engine) askOnce(ctx context.Context, entry handoff.Entry) (answer, erro
 	return answer{kind, append([]byte(nil), body...)}, err
 }
 
+// patience is how long libvirtd may be gone for what has to be done with it.
+const patience = 60 * time.Second
+
 // revive makes sure that the guest runs here as it did before the move.
 func (e *Engine) revive(ctx context.Context, entry handoff.Entry) error {
-	const patience = 60 * time.Second // libvirtd may be starting
 	for begun := time.Now(); ; {
 		err := e.reviveOnce(ctx, entry)
 		if err == nil || errors.Is(err, errStopped) || ctx.Err() != nil || time.Since(begun) > patience {
@@ -305,29 +307,37 @@ func (e *Engine) reviveOnce(ctx context.Context, entry handoff.Entry) error {
 
 // clear removes a guest that runs at the destination from its source.
 func (e *Engine) clear(ctx context.Context, entry handoff.Entry) error {
-	state, err := e.Host.State(ctx, entry.UUID)
-	switch {
-	case errors.Is(err, hypervisor.ErrNoDomain):
-	case err != nil:
-		return fmt.Errorf("the guest runs at %s; its paused copy here is not removed: %w: use virsh destroy, then undefine", entry.Site, err)
-	default:
-		if state.Active() {
-			if err := e.Host.Destroy(ctx, entry.UUID); err != nil {
-				return err
-			}
+	for begun := time.Now(); ; {
+		err := e.clearDomain(ctx, entry)
+		if err == nil {
+			break
 		}
-		err := e.Host.Undefine(ctx, entry.UUID, false)
-		if err != nil && !errors.Is(err, hypervisor.ErrNoDomain) {
-			return err
+		if ctx.Err() != nil || time.Since(begun) > patience {
+			return fmt.Errorf("the guest runs at %s; its paused copy here is not removed: %w: use virsh destroy, then undefine", entry.Site, err)
 		}
-	}
-	if err := e.eraseDefinition(ctx, entry); err != nil {
-		return err
+		select {
+		case <-ctx.Done():
+		case <-time.After(500 * time.Millisecond):
+		}
 	}
 	for i := range entry.Keep {
 		entry.Keep[i].Since = time.Now()
 	}
 	return errors.Join(e.keepCopies(entry.Keep), e.removeDisks(ctx, entry.Remove))
+}
+
+func (e *Engine) clearDomain(ctx context.Context, entry handoff.Entry) error {
+	state, err := e.Host.State(ctx, entry.UUID)
+	if err == nil && state.Active() {
+		err = e.Host.Destroy(ctx, entry.UUID)
+	}
+	if err == nil {
+		err = e.Host.Undefine(ctx, entry.UUID, false)
+	}
+	if err != nil && !errors.Is(err, hypervisor.ErrNoDomain) {
+		return err
+	}
+	return e.eraseDefinition(ctx, entry)
 }
 
 // discardLeft removes what an aborted move left at its destination: the domain,
