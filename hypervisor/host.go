@@ -241,6 +241,10 @@ func (h *Host) onDomain(ctx context.Context, what, uuid string, rpc func(*libvir
 		if err != nil {
 			return err
 		}
-		return rpc(l, d)
+		err = rpc(l, d)
+		if hasCode(err, libvirt.ErrNoDomain) { // it has ended meanwhile
+			err = fmt.Errorf("%w: %w", ErrNoDomain, err)
+		}
+		return err
 	})
 }

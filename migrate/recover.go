@@ -267,11 +267,11 @@ func (e *Engine) askOnce(ctx context.Context, entry handoff.Entry) (answer, erro
 // patience is how long libvirtd may be gone for what has to be done with it.
 const patience = 60 * time.Second
 
-// revive makes sure that the guest runs here as it did before the move.
-func (e *Engine) revive(ctx context.Context, entry handoff.Entry) error {
+// patiently repeats what needs libvirtd until it is done, or fails with a certain error.
+func patiently(ctx context.Context, certain error, do func() error) error {
 	for begun := time.Now(); ; {
-		err := e.reviveOnce(ctx, entry)
-		if err == nil || errors.Is(err, errStopped) || ctx.Err() != nil || time.Since(begun) > patience {
+		err := do()
+		if err == nil || errors.Is(err, certain) || ctx.Err() != nil || time.Since(begun) > patience {
 			return err
 		}
 		select {
@@ -279,6 +279,11 @@ func (e *Engine) revive(ctx context.Context, entry handoff.Entry) error {
 		case <-time.After(500 * time.Millisecond):
 		}
 	}
+}
+
+// revive makes sure that the guest runs here as it did before the move.
+func (e *Engine) revive(ctx context.Context, entry handoff.Entry) error {
+	return patiently(ctx, errStopped, func() error { return e.reviveOnce(ctx, entry) })
 }
 
 func (e *Engine) reviveOnce(ctx context.Context, entry handoff.Entry) error {
@@ -307,18 +312,8 @@ func (e *Engine) reviveOnce(ctx context.Context, entry handoff.Entry) error {
 
 // clear removes a guest that runs at the destination from its source.
 func (e *Engine) clear(ctx context.Context, entry handoff.Entry) error {
-	for begun := time.Now(); ; {
-		err := e.clearDomain(ctx, entry)
-		if err == nil {
-			break
-		}
-		if ctx.Err() != nil || time.Since(begun) > patience {
-			return fmt.Errorf("the guest runs at %s; its paused copy here is not removed: %w: use virsh destroy, then undefine", entry.Site, err)
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(500 * time.Millisecond):
-		}
+	if err := patiently(ctx, nil, func() error { return e.clearDomain(ctx, entry) }); err != nil {
+		return fmt.Errorf("the guest runs at %s; its paused copy here is not removed: %w: use virsh destroy, then undefine", entry.Site, err)
 	}
 	for i := range entry.Keep {
 		entry.Keep[i].Since = time.Now()
@@ -344,23 +339,34 @@ func (e *Engine) clearDomain(ctx context.Context, entry handoff.Entry) error {
 // unless it runs, and the disks that the move made, but for what is kept for
 // the next attempt: so many bytes.
 func (e *Engine) discardLeft(ctx context.Context, entry handoff.Entry) (kept int64, err error) {
-	state, err := e.Host.State(ctx, entry.UUID)
-	switch {
-	case errors.Is(err, hypervisor.ErrNoDomain):
-	case err != nil:
+	if err := patiently(ctx, errRuns, func() error { return e.discardDomain(ctx, entry) }); err != nil {
 		return 0, err
-	case state == hypervisor.Running:
-		return 0, fmt.Errorf("guest %q runs here though its move was aborted: nothing is removed", entry.VM)
-	default:
-		if err := e.Host.Destroy(ctx, entry.UUID); err != nil {
-			return 0, err
-		}
-		if err := e.Host.Undefine(ctx, entry.UUID, true); err != nil && !errors.Is(err, hypervisor.ErrNoDomain) {
-			e.Log.Debug("undefine", "error", err)
-		}
 	}
 	remove, kept := e.keepArrived(entry)
 	return kept, e.removeDisks(ctx, remove)
+}
+
+// errRuns is returned when a guest runs that should not.
+var errRuns = errors.New("it runs here though its move was aborted: nothing is removed")
+
+func (e *Engine) discardDomain(ctx context.Context, entry handoff.Entry) error {
+	state, err := e.Host.State(ctx, entry.UUID)
+	if err == nil && state == hypervisor.Running {
+		return fmt.Errorf("guest %q: %w", entry.VM, errRuns)
+	}
+	if err == nil {
+		err = e.Host.Destroy(ctx, entry.UUID)
+	}
+	if errors.Is(err, hypervisor.ErrNoDomain) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := e.Host.Undefine(ctx, entry.UUID, true); err != nil && !errors.Is(err, hypervisor.ErrNoDomain) {
+		e.Log.Debug("undefine", "error", err)
+	}
+	return nil
 }
 
 // discardAborted is discardLeft of a move that is durably aborted; then nothing
