@@ -15,11 +15,14 @@ var ErrStalled = errors.New("the move does not converge")
 
 const (
 	// withheld is the downtime that QEMU is told to aim at while the guest shall run.
-	// It multiplies it with what it believes the link's rate to be, and stops the guest
-	// when no more is left. What it sees is our socket; so this is but a bound for a
-	// guest that hardly writes. It is not 0, with which QEMU stops the guest without
-	// having asked once more which pages are dirty (migration_iteration_run).
-	withheld = 10 * time.Millisecond
+	// It multiplies it with what it has sent per millisecond lately, and stops the guest
+	// when no more is left. What it sees is our socket, in bursts; so this is but a bound
+	// for a guest that hardly writes. Should the product be 0, QEMU would stop the guest
+	// without having asked once more which pages are dirty (migration_iteration_run): it
+	// aims at withheldLong where the stream was not read for longHold.
+	withheld     = time.Millisecond
+	withheldLong = 100 * time.Millisecond
+	longHold     = 20 * time.Second
 	// brakeEvery is how often the link is looked at, and brakePoll whether a stop
 	// that is due can be now.
 	brakeEvery = 250 * time.Millisecond
@@ -46,6 +49,8 @@ type brake struct {
 	quiet    bool          // it may wait for that
 	ahead    []func() bool // what the destination has to have first; nil: it was not asked
 	asked    time.Time
+	held     time.Duration // as of the last look
+	hold     time.Duration // for so long nothing was read
 	looks    int
 	reach    reach  // bytes per second that the session has sent
 	sent     uint64 // by it, at that time
@@ -94,8 +99,8 @@ func (sy *syncer) steer() {
 }
 
 // withhold keeps QEMU from stopping the guest by what it believes of the link.
-func (sy *syncer) withhold() {
-	if err := sy.s.Host.SetMaxDowntime(sy.ctx, sy.s.dom.UUID, withheld); err != nil && sy.ctx.Err() == nil {
+func (sy *syncer) withhold(aim time.Duration) {
+	if err := sy.s.Host.SetMaxDowntime(sy.ctx, sy.s.dom.UUID, aim); err != nil && sy.ctx.Err() == nil {
 		sy.s.log.Warn("libvirt does not take a goal for the downtime: QEMU may stop the guest too early", "error", err)
 	}
 }
@@ -112,8 +117,25 @@ func (b *brake) look(now time.Time) {
 	}
 	if b.sy.released.Load() && b.sy.s.vigil.isSilent() {
 		b.withdraw()
-		b.sy.withhold()
+		b.sy.withhold(withheld)
 		b.sy.released.Store(false)
+	}
+	b.followHold()
+}
+
+// followHold has QEMU aim at more where its stream is not read for long.
+func (b *brake) followHold() {
+	held, before := time.Duration(b.sy.held.Load()), b.hold
+	if b.hold += held - b.held; held == b.held {
+		b.hold = 0 // it has been read all the time since the last look
+	}
+	b.held = held
+	switch {
+	case b.sy.released.Load():
+	case before < longHold && b.hold >= longHold:
+		b.sy.withhold(withheldLong)
+	case before >= longHold && b.hold == 0:
+		b.sy.withhold(withheld)
 	}
 }
 
@@ -133,6 +155,7 @@ func (b *brake) round(now time.Time) {
 	if v != stopNow {
 		b.withdraw()
 	}
+	begins := v == stopNow && !b.due
 	b.due = v == stopNow
 	b.quiet = r.takes == 0 || float64(dirtyRate(job)) <= quietPart*float64(r.takes)
 	sy.foresee.Store(&r)
@@ -140,11 +163,11 @@ func (b *brake) round(now time.Time) {
 		st.Memory.Stalled = b.converge.stalled
 		st.Memory.LinkTakes, st.Memory.PredictedMS = r.takes, r.downtime().Milliseconds()
 	})
-	switch v {
-	case stopNow:
+	switch {
+	case begins:
 		sy.s.log.Info("the guest may be stopped", "round", job.Iteration, "left", r.left, "link", r.link, "takes", r.takes,
 			"predicted_ms", r.downtime().Milliseconds(), "stalled", b.converge.stalled, "throttled", r.throttle)
-	case giveUp:
+	case v == giveUp:
 		const mib = 1 << 20
 		sy.fail(fmt.Errorf("%w: round %d of memory has %.1f MiB left, no less than the rounds before it; the guest dirties %.1f MiB/s and the link takes %.1f; "+
 			"the downtime would be %v, and %v is the goal: use --on-stall throttle or stop, a longer --downtime, or move it when it does less",
@@ -237,6 +260,10 @@ func (b *brake) release() {
 		if sy.ctx.Err() == nil {
 			sy.s.log.Warn("libvirt does not let the guest be stopped, the next round is waited for", "error", err)
 		}
+		return
+	}
+	if b.ahead != nil {
+		sy.s.log.Info("the way is clear", "took_ms", time.Since(b.asked).Milliseconds())
 	}
 }
 

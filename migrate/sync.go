@@ -200,7 +200,7 @@ func (sy *syncer) stream(l net.Listener) error {
 		return memsync.ErrAborted // Perform ended before memory began, and says why
 	}
 	l.Close()
-	sy.withhold()
+	sy.withhold(withheld)
 	pending, sent := sy.outboxes()
 	sy.peak.Store(pending)
 	sy.sent.Store(sent)
