@@ -13,7 +13,8 @@ import (
 )
 
 // TestDoubt brings moves into doubt, by a destination that is cut off, or killed,
-// between the offer and its answer; and has an operator decide them, in each way.
+// between the offer and its answer; and has an operator decide them, in each way. In
+// between a host starts anew.
 func TestDoubt(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "100mbit", "20ms")
@@ -21,8 +22,14 @@ func TestDoubt(t *testing.T) {
 	v := w.vm(lab.VMOptions{Name: name, Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "32MiB,format=qcow2")}})
 	w.virsh(lab.LocalDC, "autostart", name)
 
+	// A host that starts anew has the guest again that it would have started.
+	move := w.rebootIn(name)
+	w.ends(lab.LocalDC, move, "rolled-back")
+	w.healthy(lab.LocalDC, v)
+	w.autostarts(lab.LocalDC, name)
+
 	// The source is not to start what it has offered, nor to be told to by mistake.
-	move := w.cutInHandoff(name)
+	move = w.cutInHandoff(name)
 	if out, _, _ := w.run(lab.LocalDC, "virsh", "-q", "list", "--all", "--persistent", "--name"); strings.Contains(out, name) {
 		t.Errorf("the guest is defined at a source that has offered it: %s", out)
 	}
@@ -45,9 +52,7 @@ func TestDoubt(t *testing.T) {
 		w.run(lab.LocalDC, "rm", image)
 	}
 	w.move(lab.RemoteDC, name, lab.LocalDC)
-	if out, _, _ := w.run(lab.LocalDC, "virsh", "dominfo", name); !strings.Contains(strings.Join(strings.Fields(out), " "), "Autostart: enable") {
-		t.Errorf("autostart is lost:\n%s", out)
-	}
+	w.autostarts(lab.LocalDC, name)
 
 	// The destination's libvirtd and its agent die in the moment of the resume: the
 	// operator at the source has the guest run on, and the destination yields.
@@ -63,6 +68,10 @@ func TestDoubt(t *testing.T) {
 	w.revive(lab.RemoteDC)
 	w.ends(lab.RemoteDC, move, "rolled-back")
 	w.unharmed(v)
+
+	if !soaking {
+		return // TestFaults has an operator decide at the destination
+	}
 
 	// The same, decided at the destination: it gives the guest back.
 	move = w.killInHandoff(name)
@@ -91,6 +100,36 @@ func TestDoubt(t *testing.T) {
 }
 
 func inDoubt(s migrate.Status) bool { return s.Phase == migrate.PhaseInDoubt && s.Result != nil }
+
+func (w *world) autostarts(site, vm string) {
+	w.t.Helper()
+	if out, _, _ := w.run(site, "virsh", "dominfo", vm); !strings.Contains(strings.Join(strings.Fields(out), " "), "Autostart: enable") {
+		w.t.Errorf("autostart is lost:\n%s", out)
+	}
+}
+
+// rebootIn begins a move, and has the host at the source start anew meanwhile.
+func (w *world) rebootIn(vm string) (move string) {
+	w.t.Helper()
+	move = w.begin(vm)
+	w.await(lab.LocalDC, move, "memory", inMemory)
+	ctx, qemu := w.t.Context(), w.qemu(lab.LocalDC, vm)
+	for _, kill := range []func() error{
+		func() error { return w.Sites[lab.LocalDC].KillAgent(ctx) },
+		func() error { return w.Sites[lab.LocalDC].KillLibvirtd(ctx) },
+		func() error { return syscall.Kill(qemu, syscall.SIGKILL) },
+	} {
+		if err := kill(); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	const boot = "echo another > /run/boot_id && mount --bind /run/boot_id /proc/sys/kernel/random/boot_id"
+	if _, complaint, status := w.run(lab.LocalDC, "sh", "-c", boot); status != 0 {
+		w.t.Fatal(complaint)
+	}
+	w.revive(lab.LocalDC)
+	return move
+}
 
 // cutInHandoff begins a move and cuts the link when the destination has the offer
 // and can't answer it. When it can, it will.
