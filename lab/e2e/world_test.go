@@ -169,7 +169,7 @@ func (w *world) move(site, vm, to string, args ...string) migrate.Result {
 	if err := json.Unmarshal([]byte(lines[len(lines)-1]), &r); err != nil {
 		w.t.Fatalf("the last line of --json: %v: %s", err, out)
 	}
-	if r.Result != "done" {
+	if r.Result != "done" || r.Attempt > 1 {
 		w.t.Fatalf("move ended as %+v", r)
 	}
 	return r
