@@ -170,6 +170,9 @@ func (e *Engine) Move(id string) (*Move, bool) {
 // Start begins to move a guest away. ctx ends the engine, not the request: the
 // move goes on when the caller is gone. An error means that no move began.
 func (e *Engine) Start(ctx context.Context, req Request) (*Move, error) {
+	if err := e.underWay(req.VM); err != nil { // libvirt would not tell of it before the move is over
+		return nil, err
+	}
 	dom, err := e.find(ctx, req.VM)
 	if err != nil {
 		return nil, err
@@ -277,7 +280,26 @@ func (e *Engine) take(uuid string, s Status) error {
 	if m := e.moves[other]; m != nil && m.Status().Phase.Final() {
 		return fmt.Errorf("%q can't be moved yet: the end of %s is not in the journal, free some space in the agent's state folder", s.VM, other)
 	}
-	return fmt.Errorf("%q is being moved already by %s: see wanmig status %s", s.VM, other, other)
+	return movedAlready(s.VM, other)
+}
+
+func movedAlready(vm, by string) error {
+	return fmt.Errorf("%q is being moved already by %s: see wanmig status %s", vm, by, by)
+}
+
+// underWay returns an error when a guest, by its name or UUID, is being moved from or to
+// here.
+func (e *Engine) underWay(vm string) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, id := range e.busy {
+		if m := e.moves[id]; m != nil {
+			if s := m.Status(); !s.Phase.Final() && (s.VM == vm || s.UUID == vm) {
+				return movedAlready(s.VM, id)
+			}
+		}
+	}
+	return nil
 }
 
 // list makes a move known that has no domain to itself.
