@@ -26,7 +26,7 @@ func (s *source) mayRetry(err error) bool {
 	switch {
 	case err == nil, s.move.attempt > s.req.Retries, s.entry.State != handoff.Returned, s.move.Status().Phase == PhaseInDoubt:
 		return false // an operator may have decided what was in doubt
-	case errors.Is(err, ErrCancelled), errors.Is(err, errStopped), errors.Is(err, errRequest), errors.As(err, &stop), s.ctx.Err() != nil:
+	case errors.Is(err, ErrCancelled), errors.Is(err, errStopped), errors.Is(err, errRequest), errors.Is(err, ErrStalled), errors.As(err, &stop), s.ctx.Err() != nil:
 		return false
 	case errors.Is(err, ErrStillLost), errors.Is(err, hypervisor.ErrNoAnswer):
 		return true

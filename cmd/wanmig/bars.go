@@ -162,7 +162,7 @@ func drawFrame(m migrate.Status, width int, st style, now time.Time) (head strin
 	if mem := m.Memory; mem.Size > 0 {
 		rows = append(rows, row{
 			name: "memory", amount: memoryLeft(mem), rate: unless(mem.Rate == 0, rateOf(mem.Rate)),
-			facts: []string{memoryRound(mem), held(mem), dirtying(mem), throttled(mem.Throttled)},
+			facts: []string{memoryRound(mem), held(mem), dirtying(mem)},
 			part:  mem.Size - mem.Remaining, whole: mem.Size,
 		})
 	}

@@ -52,7 +52,7 @@ func progressLine(m migrate.Status, now time.Time) string {
 			}
 		}
 		parts = append(parts, join(", ", "memory "+memoryLeft(m.Memory), memoryRound(m.Memory), held(m.Memory),
-			unless(m.Memory.Stalled, dirtying(m.Memory)), unless(m.Memory.Stalled, throttled(m.Memory.Throttled))), stalled(m.Memory))
+			dirtying(m.Memory)), stalled(m.Memory))
 		parts = append(parts, speed(m, now), left(m))
 	} else {
 		since, _ := lost(m, now)
@@ -74,8 +74,9 @@ func memoryRound(m migrate.Memory) string {
 	return unless(m.Round == 0, fmt.Sprintf("round %d", m.Round))
 }
 
+// dirtying is what stalled tells in a stall.
 func dirtying(m migrate.Memory) string {
-	return unless(m.DirtyRate == 0, "dirty "+rateOf(m.DirtyRate))
+	return unless(m.Stalled, join(", ", unless(m.DirtyRate == 0, "dirty "+rateOf(m.DirtyRate)), throttled(m.Throttled)))
 }
 
 // throttled is about the guest's CPUs; the first step of 1 % is no guest's worry.
@@ -85,7 +86,7 @@ func throttled(percent int) string {
 
 // stalled tells of a guest that dirties its memory faster than the link takes it.
 func stalled(m migrate.Memory) string {
-	return unless(!m.Stalled, join(", ", "does not converge: dirty rate "+rateOf(m.DirtyRate), "link "+rateOf(m.LinkTakes),
+	return unless(!m.Stalled, join(", ", "does not converge: dirty rate "+rateOf(m.DirtyRate), "the link takes "+rateOf(m.LinkTakes)+" of it",
 		throttled(m.Throttled), "downtime now "+millis(float64(m.PredictedMS))))
 }
 

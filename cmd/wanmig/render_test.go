@@ -48,6 +48,9 @@ func TestFrames(t *testing.T) {
 	away.Link.LostSince, away.Link.Rate = &since, 0
 	limited := syncing()
 	limited.Link.Limit, limited.Link.Allowed, limited.Link.LimitedBy = migrate.Limit{Auto: true}, 16666666, "site remote-dc"
+	stuck := syncing()
+	stuck.Disks, stuck.ETAMS = stuck.Disks[:1], 0
+	stuck.Memory = migrate.Memory{Size: 1 << 30, Remaining: 210 << 20, Rate: 30 << 20, DirtyRate: 41 << 20, Round: 9, LinkTakes: 31 << 20, PredictedMS: 6912, Stalled: true, Throttled: 41}
 	arriving := syncing()
 	arriving.Role = "destination"
 
@@ -71,6 +74,8 @@ func TestFrames(t *testing.T) {
 		{"link lost", away, 140, style{unicode: true}},
 		{"link lost, narrow", away, 60, style{unicode: true}},
 		{"limited", limited, 140, style{unicode: true}},
+		{"does not converge", stuck, 140, style{unicode: true}},
+		{"does not converge, narrow", stuck, 60, style{unicode: true}},
 		{"at the destination", arriving, 80, style{unicode: true}},
 	} {
 		head, lines := drawFrame(c.m, c.width, c.st, began.Add(72*time.Second))
@@ -78,6 +83,11 @@ func TestFrames(t *testing.T) {
 		for _, line := range lines {
 			got.WriteString(strings.ReplaceAll(line, "\x1b", "<ESC>") + "\n")
 		}
+	}
+	slowed := syncing()
+	slowed.Memory.Throttled = 21
+	for _, m := range []migrate.Status{stuck, slowed} {
+		fmt.Fprintf(&got, "== elsewhere\n%s\n%s", progressLine(m, began.Add(72*time.Second)), describe(m, began.Add(72*time.Second)))
 	}
 	golden(t, "testdata/frames.golden", got.String())
 }
@@ -196,6 +206,7 @@ func TestMapping(t *testing.T) {
 func FuzzRender(f *testing.F) {
 	seed := syncing()
 	seed.Disks[0].Problem = "full"
+	seed.Memory.Stalled, seed.Memory.PredictedMS, seed.Memory.LinkTakes, seed.Memory.Throttled = true, 1<<62, -1, -7
 	seed.Findings = []migrate.Finding{{Check: "space", Problem: "none", Remedy: "free some", Fatal: true}}
 	seed.Link = migrate.Link{LostSince: &began, LostMS: 1 << 62, Allowed: 1 << 62, LimitedBy: "\x1b[2J", Resent: 1, Carriers: []migrate.Carrier{{Transport: "tcp", RTTMS: -1}}}
 	for _, r := range []string{"", "done", "rolled-back", "refused", "checked", "in-doubt", "abandoned", "split"} {

@@ -30,7 +30,7 @@ func describe(m migrate.Status, now time.Time) string {
 	}
 	if m.Memory.Size > 0 {
 		fmt.Fprintf(&b, "  %-10s %s\n", "memory", join(", ", memoryLeft(m.Memory)+" of "+size(m.Memory.Size), rateOf(m.Memory.Rate),
-			memoryRound(m.Memory), held(m.Memory), dirtying(m.Memory), throttled(m.Memory.Throttled)))
+			memoryRound(m.Memory), held(m.Memory), dirtying(m.Memory)))
 		if line := stalled(m.Memory); line != "" {
 			fmt.Fprintf(&b, "  %-10s %s\n", "", line)
 		}
