@@ -155,20 +155,3 @@ func TestDowntimeIsBounded(t *testing.T) {
 		t.Errorf("a move that says nothing aims at %v, %s", r.downtime(), r.onStall())
 	}
 }
-
-// What handoffs to a site took is believed step by step, and within bounds.
-func TestOverheads(t *testing.T) {
-	var o overheads
-	if o.of("south") != usualOverhead {
-		t.Errorf("of a site that was never moved to: %v", o.of("south"))
-	}
-	o.learn("south", 100*time.Millisecond)
-	if got := o.of("south"); got != usualOverhead+50*time.Millisecond {
-		t.Errorf("after a handoff that took 100 ms longer: %v", got)
-	}
-	o.learn("south", time.Hour)
-	o.learn("north", -time.Hour)
-	if o.of("south") != mostOverhead || o.of("north") != 0 || o.of("west") != usualOverhead {
-		t.Errorf("out of bounds: %v, %v, %v", o.of("south"), o.of("north"), o.of("west"))
-	}
-}

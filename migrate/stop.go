@@ -3,7 +3,6 @@ package migrate
 import (
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/wanmig/wanmig/hypervisor"
@@ -28,11 +27,6 @@ const (
 	brakeEvery = 250 * time.Millisecond
 	brakePoll  = 10 * time.Millisecond
 	ratedEvery = 4 // its rate is taken at every 4th look
-	// A round tells of the link's rate when it took so long, and of the reduction
-	// when it had so much content.
-	tellingRound   = 500 * time.Millisecond
-	tellingContent = 1 << 20
-	leastRatio     = 0.005
 	// A guest is quiet when it dirties no more than this part of what the link takes:
 	// while the way is cleared for it, little comes together.
 	quietPart = 1.0 / 8
@@ -58,17 +52,6 @@ type brake struct {
 	ratio    float64 // bytes on the wire for one of memory's content
 	before   passed
 	first    time.Time
-}
-
-// passed is what has been sent until a round began.
-type passed struct {
-	at      time.Time
-	round   int
-	held    time.Duration
-	memory  int64 // bytes, as QEMU counts what is left
-	content int64 // of these, what neither was zeros nor known at the destination
-	frames  int64 // bytes sent for that
-	wire    uint64
 }
 
 // steer runs the brake until the guest stands still.
@@ -189,17 +172,8 @@ func (b *brake) start(now time.Time, job hypervisor.JobStats) roundStart {
 	if m.Opaque {
 		is.memory = int64(m.StreamBytes)
 	}
-	was := b.before
-	if content := is.content - was.content; content >= tellingContent {
-		b.ratio = max(float64(is.frames-was.frames)/float64(content), leastRatio)
-	}
-	r := roundStart{at: now.Sub(b.first), left: int64(job.MemoryRemaining), link: b.reach.most(), throttle: job.Throttle}
-	r.takes = int64(float64(r.link) / b.ratio)
-	took := now.Sub(was.at) - (is.held - was.held)
-	if was.round >= 2 && took >= tellingRound && sy.pacer.rate.Load() == 0 {
-		r.link = int64(float64(is.wire-min(was.wire, is.wire)) / took.Seconds())
-		r.takes = int64(float64(is.memory-was.memory) / took.Seconds())
-	}
+	r := roundStart{at: now.Sub(b.first), left: int64(job.MemoryRemaining), throttle: job.Throttle}
+	r.link, r.takes, b.ratio = is.since(b.before, b.reach.most(), b.ratio, sy.pacer.rate.Load() != 0)
 	b.before = is
 	pending, _ := sy.outboxes()
 	r.base = sy.s.overheads.of(sy.s.req.To) + link.MinRTT/2 + max(link.RTT-link.MinRTT, 0)
@@ -269,36 +243,3 @@ func (b *brake) release() {
 
 // dirtyRate is in bytes per second.
 func dirtyRate(job hypervisor.JobStats) int64 { return int64(job.DirtyPages * max(job.PageSize, 4096)) }
-
-// overheads are what handoffs to each site have taken beside the way of the last
-// pages: libvirt and QEMU on both hosts, and the journals.
-type overheads struct {
-	mu   sync.Mutex
-	site map[string]time.Duration
-}
-
-// Before a site has been moved to, and the bounds of what is believed of one.
-const (
-	usualOverhead = 150 * time.Millisecond
-	mostOverhead  = 2 * time.Second
-)
-
-func (o *overheads) of(site string) time.Duration {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if known, ok := o.site[site]; ok {
-		return known
-	}
-	return usualOverhead
-}
-
-// learn takes by how much a handoff was longer than predicted.
-func (o *overheads) learn(site string, off time.Duration) {
-	was := o.of(site)
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.site == nil {
-		o.site = map[string]time.Duration{}
-	}
-	o.site[site] = min(max(was+off/2, 0), mostOverhead)
-}
