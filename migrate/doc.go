@@ -13,6 +13,7 @@
 //	incoming.go     the guest that arrives: disks, memory, acceptance
 //	plan.go         which disk goes where, and the checks of both hosts
 //	share.go        how memory and disks share the link
+//	converge.go     when the guest is stopped; predict.go is from what, stop.go how
 //	meter.go        rates and the estimate of the time left
 //	decision.go     the handoff at the source, and its end
 //	retry.go        another attempt after one that was rolled back

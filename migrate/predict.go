@@ -54,6 +54,8 @@ type overheads struct {
 const (
 	usualOverhead = 150 * time.Millisecond
 	mostOverhead  = 2 * time.Second
+	// A handoff with a longer tail tells more of that.
+	tellingTail = 100 * time.Millisecond
 )
 
 func (o *overheads) of(site string) time.Duration {

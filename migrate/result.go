@@ -194,7 +194,7 @@ func (s *source) measure(sy *syncer, offered time.Time, r running) {
 		*part.ms, at = ms(until.Sub(at)), until
 	}
 	s.downtime = d
-	if p := sy.foresee.Load(); p != nil {
+	if p := sy.foresee.Load(); p != nil && p.tail() <= tellingTail {
 		s.overheads.learn(s.req.To, time.Duration(d.total())*time.Millisecond-p.downtime())
 	}
 }

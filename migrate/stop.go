@@ -30,7 +30,8 @@ const (
 	// A guest is quiet when it dirties no more than this part of what the link takes:
 	// while the way is cleared for it, little comes together.
 	quietPart = 1.0 / 8
-	// clearMost is how long that may take; then the next round is judged anew.
+	// clearMost is how long that may take; then the next round is judged anew, and may take
+	// twice as long: a destination that is so slow would keep a stopped guest waiting too.
 	clearMost = 3 * time.Second
 )
 
@@ -39,24 +40,29 @@ const (
 type brake struct {
 	sy       *syncer
 	converge convergence
-	due      bool          // the guest shall stop
-	quiet    bool          // it may wait for that
-	ahead    []func() bool // what the destination has to have first; nil: it was not asked
+	due      bool // the guest shall stop
+
+	quiet    bool          // it may wait until the way is clear
+	ahead    []func() bool // what the destination has to have taken; nil: it was not asked
 	asked    time.Time
-	held     time.Duration // as of the last look
-	hold     time.Duration // for so long nothing was read
-	looks    int
-	reach    reach  // bytes per second that the session has sent
-	sent     uint64 // by it, at that time
-	at       time.Time
-	ratio    float64 // bytes on the wire for one of memory's content
-	before   passed
-	first    time.Time
+	patience time.Duration // for that
+
+	held time.Duration // as of the last look
+	hold time.Duration // for so long nothing was read
+
+	looks int
+	reach reach     // bytes per second that the session has sent
+	sent  uint64    // by it,
+	at    time.Time // at that time
+
+	first  time.Time // when the first round was judged
+	before passed
+	ratio  float64 // bytes on the wire for one of memory's content
 }
 
 // steer runs the brake until the guest stands still.
 func (sy *syncer) steer() {
-	b := brake{sy: sy, converge: convergence{goal: sy.s.req.downtime(), onStall: sy.s.req.onStall()}, ratio: 1}
+	b := brake{sy: sy, converge: convergence{goal: sy.s.req.downtime(), onStall: sy.s.req.onStall()}, ratio: 1, patience: clearMost}
 	ticker := time.NewTicker(brakeEvery)
 	defer ticker.Stop()
 	for {
@@ -208,7 +214,8 @@ func (b *brake) clear() bool {
 		}
 		b.ahead = append(b.ahead, passed)
 	}
-	if time.Since(b.asked) > clearMost {
+	if time.Since(b.asked) > b.patience {
+		b.patience *= 2
 		b.withdraw()
 		return false
 	}
