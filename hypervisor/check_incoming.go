@@ -79,6 +79,34 @@ func (h *Host) CheckIncoming(ctx context.Context, s IncomingSpec) ([]Finding, er
 	return f, err
 }
 
+// CheckArrival returns an error when a guest of that name or UUID is here, or when one of
+// the documents, of which the second may be "", is another guest's.
+func (h *Host) CheckArrival(ctx context.Context, name, uuid, xml, persistXML string) error {
+	dom, err := readDomain(xml)
+	if err != nil {
+		return err
+	}
+	same := dom.Name == name && dom.UUID == uuid
+	if persistXML != "" {
+		later, err := readDomain(persistXML)
+		if err != nil {
+			return err
+		}
+		same = same && later.Name == name && later.UUID == uuid
+	}
+	if !same {
+		return fmt.Errorf("%w: it does not describe the guest %q with the UUID %s", ErrBadXML, name, uuid)
+	}
+	var f findings
+	if err := h.call(ctx, "check name and UUID", func(l *libvirt.Libvirt) error { return f.checkClash(l, dom) }); err != nil {
+		return err
+	}
+	if len(f) > 0 {
+		return fmt.Errorf("%w: %s: %s", ErrExists, f[0].Problem, f[0].Remedy)
+	}
+	return nil
+}
+
 // refused tells an answer of libvirtd from a broken connection.
 func refused(err error) bool {
 	var e libvirt.Error

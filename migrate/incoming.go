@@ -29,6 +29,7 @@ type incoming struct {
 	log              *slog.Logger
 	entry            handoff.Entry
 	virt             *hypervisor.Incoming
+	begun            bool // a guest of that UUID here is this move's
 	unwatch          func()
 	ramPath, nbdPath string // QEMU's sockets
 	events           chan inEvent
@@ -251,6 +252,10 @@ func (in *incoming) wait() {
 
 // prepare makes the disks and the incoming domain.
 func (in *incoming) prepare(ctx context.Context) error {
+	if err := in.Host.CheckArrival(ctx, in.ask.Name, in.ask.UUID, in.ask.XML, in.ask.PersistXML); err != nil {
+		return err
+	}
+	in.begun = true
 	if err := in.createDisks(ctx); err != nil {
 		return err
 	}
@@ -535,6 +540,9 @@ func (in *incoming) discard(recordLate bool) {
 	defer cancel()
 	faults.At("discard")
 	in.Redirects.Decide(in.ask.Move, false)
+	if !in.begun {
+		return
+	}
 	if in.virt != nil {
 		if err := in.virt.Finish(ctx, nil, true); err != nil {
 			in.log.Warn("libvirt's Finish of the cancelled move", "error", err)

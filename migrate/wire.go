@@ -175,11 +175,12 @@ type givenBack struct {
 }
 
 var moveID = regexp.MustCompile(`^mv-[a-z2-7]{8}$`)
+var guestUUID = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`) // as libvirt writes it, else it may name a guest
 var diskTarget = regexp.MustCompile(`^[a-z][a-z0-9]{0,15}$`)
 var diskExport = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 
 func (c check) validate() error {
-	if len(c.Name) == 0 || len(c.Name) > 255 || len(c.UUID) > 64 || len(c.Host) > 64 || len(c.XML) > maxXML || len(c.CPU) > maxXML {
+	if len(c.Name) == 0 || len(c.Name) > 255 || !guestUUID.MatchString(c.UUID) || len(c.Host) > 64 || len(c.XML) > maxXML || len(c.CPU) > maxXML {
 		return errors.New("domain description out of bounds")
 	}
 	return validateDisks(c.Disks)

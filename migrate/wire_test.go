@@ -11,7 +11,7 @@ func goodDisk() wireDisk {
 }
 
 func TestValidateRefuses(t *testing.T) {
-	good := prepare{Move: "mv-abcdefgh", Name: "web server", UUID: "u", XML: "<domain/>", Disks: []wireDisk{goodDisk()}}
+	good := prepare{Move: "mv-abcdefgh", Name: "web server", UUID: "8f5b9a3e-0c3d-4d5f-9a51-6d1a2b3c4d5e", XML: "<domain/>", Disks: []wireDisk{goodDisk()}}
 	if err := good.validate(); err != nil {
 		t.Fatal(err)
 	}
@@ -19,6 +19,8 @@ func TestValidateRefuses(t *testing.T) {
 		"move":          func(p *prepare) { p.Move = "../../etc" },
 		"name":          func(p *prepare) { p.Name = "" },
 		"long name":     func(p *prepare) { p.Name = strings.Repeat("x", 256) },
+		"UUID":          func(p *prepare) { p.UUID = "web" }, // libvirt would be asked for the guest of that name
+		"other UUID":    func(p *prepare) { p.UUID = strings.ToUpper(p.UUID) },
 		"XML":           func(p *prepare) { p.XML = strings.Repeat("x", maxXML+1) },
 		"persist":       func(p *prepare) { p.PersistXML = strings.Repeat("x", maxXML+1) },
 		"cookie":        func(p *prepare) { p.Cookie = make([]byte, maxCookie+1) },
