@@ -357,7 +357,10 @@ func (e *Engine) fence(ctx context.Context, entry handoff.Entry) error {
 			return err
 		}
 	}
-	return e.Host.Undefine(ctx, entry.UUID, false)
+	if err := e.Host.Undefine(ctx, entry.UUID, false); err != nil {
+		return err
+	}
+	return hypervisor.SyncDefinitions() // a host that loses power after the offer must not start it
 }
 
 // eraseDefinition removes what libvirt has written of a domain that was fenced. It
