@@ -508,13 +508,15 @@ func (in *incoming) outcome(ctx context.Context, finish error) outcome {
 	return notRun
 }
 
+// awaitLibvirt does not believe that a guest is paused: a libvirtd that was just
+// started says so of one that runs, until it has asked its QEMU.
 func (in *incoming) awaitLibvirt(ctx context.Context) outcome {
 	for {
 		state, err := in.Host.State(ctx, in.ask.UUID)
 		switch {
 		case err == nil && state == hypervisor.Running:
 			return hasRun
-		case err == nil || errors.Is(err, hypervisor.ErrNoDomain):
+		case err == nil && state == hypervisor.ShutOff, errors.Is(err, hypervisor.ErrNoDomain):
 			return notRun
 		case ctx.Err() != nil:
 			return unknownRun

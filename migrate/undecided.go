@@ -168,14 +168,23 @@ func (u *undecided) look(ctx context.Context) error {
 	case err != nil && !errors.Is(err, hypervisor.ErrNoDomain):
 		return err
 	}
-	return fmt.Errorf("the guest was accepted here and does not run: whether it has run is not known")
+	return errNotSeen
 }
+
+// errNotSeen is returned when libvirt says for certain that an accepted guest does not
+// run now.
+var errNotSeen = errors.New("the guest was accepted here and does not run: whether it has run is not known")
 
 // hear takes what the peer or an operator says.
 func (u *undecided) hear(ctx context.Context, ev handoff.Event) heard {
-	if u.entry.State == handoff.Accepted && u.look(ctx) == nil {
-		// What its agent did not see the end of has ended well.
-		if err := u.carryOut(ctx, handoff.Resumed, nil); err != nil {
+	if u.entry.State == handoff.Accepted {
+		// What its agent did not see the end of may have ended well. Nobody's word ends
+		// a guest that may run: who says it takes it for one that does not.
+		err := u.look(ctx)
+		if err == nil {
+			err = u.carryOut(ctx, handoff.Resumed, nil)
+		}
+		if err != nil && !errors.Is(err, errNotSeen) {
 			return heard{kindUndecided, err}
 		}
 	}
