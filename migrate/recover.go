@@ -34,7 +34,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 		switch {
 		case !entry.State.Final():
 			e.takeUp(ctx, entry)
-		case entry.State == handoff.Aborted && len(entry.Created) > 0:
+		case entry.State == handoff.Aborted && len(entry.Created) > 0 && entry.Seq > 0: // without, an older release has discarded it
 			e.work.Go(func() { e.discardLate(ctx, entry) })
 		}
 	}
@@ -129,7 +129,11 @@ func (r *restarted) act(ctx context.Context, a handoff.Action, next handoff.Stat
 	case handoff.Halt:
 		return r.halt(ctx, r.entry)
 	case handoff.Discard:
-		return r.discardAborted(ctx, r.entry)
+		err := r.discardAborted(ctx, r.entry)
+		if err == nil {
+			r.entry.Created = nil
+		}
+		return err
 	}
 	return nil // what is told is told by who asked, and who asks is undecided
 }
