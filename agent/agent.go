@@ -124,12 +124,13 @@ func (a *agent) serve(ctx context.Context) error {
 	server := &http.Server{Handler: a.routes(), ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10,
 		ErrorLog: slog.NewLogLogger(a.log.Handler(), slog.LevelWarn)}
 	failed := make(chan error, 3)
-	go func() { failed <- server.Serve(listener) }()
-	go func() { failed <- a.acceptPeers(ctx) }()
-	go func() { failed <- a.acceptPackets(ctx) }()
+	// First of all: no other move may come for a guest whose last one is open.
 	if err := a.engine.Recover(ctx); err != nil {
 		a.log.Error("journal not recovered", "error", err)
 	}
+	go func() { failed <- server.Serve(listener) }()
+	go func() { failed <- a.acceptPeers(ctx) }()
+	go func() { failed <- a.acceptPackets(ctx) }()
 	a.log.Info("agent ready", "site", a.config.Site, "id", a.identity.ID(), "listen", a.endpoint.Addr(), "api", a.config.API, "version", Version)
 	select {
 	case <-ctx.Done():

@@ -193,6 +193,13 @@ func (e *Engine) Start(ctx context.Context, req Request) (*Move, error) {
 	}
 	go func() {
 		defer e.work.Done()
+		// What was read before the claim may stem from amid another move, whose fence
+		// had taken the definition away.
+		dom, err := e.Host.Domain(m.ctx, dom.UUID)
+		if err != nil {
+			e.giveUp(m, err)
+			return
+		}
 		e.attempts(m, dom, req)
 	}()
 	return m, nil

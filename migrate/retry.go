@@ -88,7 +88,7 @@ func (e *Engine) giveUp(m *Move, err error) {
 		s.Result = &Result{Result: "rolled-back", Move: s.Move, VM: s.VM, To: s.Peer, Attempt: s.Attempt,
 			TotalMS: time.Since(s.Started).Milliseconds(), Error: err.Error()}
 	})
-	e.Log.Info("no other attempt is made", "move", m.Status().Move, "error", err)
+	e.Log.Info("move not begun", "move", m.Status().Move, "error", err)
 	e.release(m.Status().UUID, m)
 	m.cancel(nil)
 	close(m.done)
