@@ -90,6 +90,17 @@ func (h *Host) Undefine(ctx context.Context, uuid string, nvram bool) error {
 	})
 }
 
+// Persistent tells whether the domain has a definition that outlives its run.
+func (h *Host) Persistent(ctx context.Context, uuid string) (bool, error) {
+	persistent := false
+	err := h.onDomain(ctx, "persistence", uuid, func(l *libvirt.Libvirt, d libvirt.Domain) error {
+		v, err := l.DomainIsPersistent(d)
+		persistent = v != 0
+		return err
+	})
+	return persistent, err
+}
+
 // Define makes the document the persistent definition of its domain.
 func (h *Host) Define(ctx context.Context, xml string) error {
 	return h.call(ctx, "define", func(l *libvirt.Libvirt) error {

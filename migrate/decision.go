@@ -217,7 +217,7 @@ func (s *source) resume(ctx context.Context, cause error) error {
 	case err != nil:
 		cause = fmt.Errorf("%w; and the guest is not running here: %w: try virsh resume %q", cause, err, s.dom.Name)
 	}
-	if err := s.restoreDefinition(ctx, s.entry); err != nil {
+	if err := patiently(ctx, nil, func() error { return s.restoreDefinition(ctx, s.entry) }); err != nil {
 		cause = fmt.Errorf("%w; and %w", cause, err)
 	}
 	s.awaitAborted()

@@ -385,12 +385,16 @@ func (e *Engine) eraseDefinition(ctx context.Context, entry handoff.Entry) error
 	return e.Host.Undefine(ctx, entry.UUID, false)
 }
 
-// restoreDefinition makes a domain that was given away as persistent as it was.
+// restoreDefinition makes a domain that was given away as persistent as it was. One
+// that has a definition keeps it: it may have been changed since.
 func (e *Engine) restoreDefinition(ctx context.Context, entry handoff.Entry) error {
 	if !entry.Persistent || entry.XML == "" {
 		return nil
 	}
-	err := e.Host.Define(ctx, entry.XML)
+	defined, err := e.Host.Persistent(ctx, entry.UUID)
+	if errors.Is(err, hypervisor.ErrNoDomain) || err == nil && !defined {
+		err = e.Host.Define(ctx, entry.XML)
+	}
 	if err == nil && entry.Autostart {
 		err = e.Host.SetAutostart(ctx, entry.UUID, true)
 	}
