@@ -186,6 +186,16 @@ func (j *Journal) Latest(e Entry) (bool, error) {
 	return !later, err
 }
 
+// Gone reports whether a later move has taken the entry's guest on, or may yet.
+// One after which it stayed where it was has not.
+func (j *Journal) Gone(e Entry) (bool, error) {
+	all, err := j.All()
+	i := slices.IndexFunc(all, func(o Entry) bool { return o.Move == e.Move })
+	return slices.ContainsFunc(all[i+1:], func(o Entry) bool {
+		return o.UUID == e.UUID && o.State != Returned && o.State != Aborted
+	}), err
+}
+
 // All returns every entry, oldest first.
 func (j *Journal) All() ([]Entry, error) {
 	var all []Entry

@@ -101,3 +101,25 @@ func TestJournalTrimsOnlyWhatIsOver(t *testing.T) {
 		t.Errorf("left are %v", left)
 	}
 }
+
+// A move back that failed leaves the guest where it was, and may be asked for again.
+func TestJournalKnowsWhatIsGone(t *testing.T) {
+	for state, want := range map[State]bool{Aborted: false, Returned: false, Receiver: true, Accepted: true, Running: true,
+		Owner: true, Offered: true, Claimed: true, Released: true, Abandoned: true, Split: true} {
+		j, err := OpenJournal(filepath.Join(t.TempDir(), "journal.db"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer j.Close()
+		left := Entry{Move: "mv-2", UUID: "u", State: Released}
+		for _, e := range []Entry{{Move: "mv-1", UUID: "u", State: Running}, left, {Move: "mv-3", UUID: "other", State: Running},
+			{Move: "mv-4", UUID: "u", State: state}, {Move: "mv-5", UUID: "u", State: Aborted}} {
+			if err := j.Put(e); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if gone, err := j.Gone(left); err != nil || gone != want {
+			t.Errorf("after a move that is %s: gone %v, %v", state, gone, err)
+		}
+	}
+}

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,7 +23,7 @@ var ErrNoRollback = errors.New("nothing to take back")
 func wayBack(p plan, networks map[string]string) handoff.Back {
 	b := handoff.Back{Storage: map[string]string{}, Networks: map[string]string{}}
 	for _, d := range p.disks {
-		if here := p.source[d.Target]; here != d.Path {
+		if here := p.source[d.Target]; here != d.Path && !d.Static { // a CD-ROM does not come back
 			b.Storage[d.Path] = here
 		}
 	}
@@ -46,10 +47,11 @@ func (e *Engine) left(move string) (handoff.Entry, error) {
 	case entry.State != handoff.Released:
 		return entry, fmt.Errorf("%w: the guest of %s has not gone from here by it: it is %s", ErrNoRollback, move, entry.State)
 	}
-	if last, err := e.Journal.Latest(entry); err != nil || !last {
-		return entry, errors.Join(err, fmt.Errorf("%w: %q was moved again since %s: wanmig list shows its latest move", ErrNoRollback, entry.VM, move))
+	gone, err := e.Journal.Gone(entry)
+	if gone {
+		err = fmt.Errorf("%w: %q was moved again since %s: wanmig list shows its latest move", ErrNoRollback, entry.VM, move)
 	}
-	return entry, nil
+	return entry, err
 }
 
 // Rollback has the guest of a move come back from where it has gone, by a move of
@@ -76,7 +78,10 @@ func (e *Engine) Rollback(ctx context.Context, move string) (string, error) {
 		return "", err
 	}
 	var back givenBack
-	if err := ctl.expect(ctx, kindReturning, &back); err != nil {
+	switch err := ctl.expect(ctx, kindReturning, &back); {
+	case err != nil && ctx.Err() != nil:
+		return "", fmt.Errorf("%s has not answered yet, and %q may still come: look at wanmig list in a minute: %w", entry.Site, entry.VM, err)
+	case err != nil:
 		return "", fmt.Errorf("%s does not give %q back: %w", entry.Site, entry.VM, err)
 	}
 	if !moveID.MatchString(back.Move) {
@@ -97,8 +102,8 @@ func (e *Engine) giveBack(ctx context.Context, ask giveBack, peer tunnel.ID) (gi
 	case entry.State != handoff.Running:
 		return givenBack{}, fmt.Errorf("the guest did not come here by move %s: it is %s here", ask.Move, entry.State)
 	}
-	if last, err := e.Journal.Latest(entry); err != nil || !last {
-		return givenBack{}, errors.Join(err, fmt.Errorf("%q was moved again since", entry.VM))
+	if gone, err := e.Journal.Gone(entry); err != nil || gone {
+		return givenBack{}, cmp.Or(err, fmt.Errorf("%q was moved again since", entry.VM))
 	}
 	site := e.Known(peer)
 	if site == "" {
