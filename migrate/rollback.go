@@ -193,17 +193,38 @@ func (e *Engine) StartCopy(ctx context.Context, move string) error {
 	} else if err != nil && !errors.Is(err, hypervisor.ErrNoDomain) {
 		return err
 	}
-	for _, c := range disks { // a move must not write into what a guest has
+	for i, c := range disks { // a move must not write into what a guest has
 		if err := e.takeCopy(c); err != nil {
-			return err
+			return errors.Join(err, e.keepCopies(disks[:i]))
 		}
 	}
 	if err := e.startHere(ctx, entry); err != nil {
-		return errors.Join(err, e.keepCopies(disks))
+		return e.unstart(entry, disks, err)
 	}
+	e.Redirects.Decide(move, false) // its packets went where the guest was
 	e.Log.Warn("a guest was started from the copy that it has left here", "move", move, "vm", entry.VM, "since", since)
 	e.note(entry, fmt.Sprintf("started here from the copy of %s: end the one at %s before that site is reached again", since.Local().Format(time.DateTime), entry.Site))
 	return nil
+}
+
+// unstart leaves nothing of a guest that could not be started from its copy, which
+// stays one. What may run all the same is not touched.
+func (e *Engine) unstart(entry handoff.Entry, disks []handoff.Copy, cause error) error {
+	ctx, cancel := context.WithTimeout(e.ctx, 30*time.Second)
+	defer cancel()
+	state, err := e.Host.State(ctx, entry.UUID)
+	switch {
+	case err == nil && state == hypervisor.ShutOff:
+		err = e.Host.Undefine(ctx, entry.UUID, false)
+	case err == nil:
+		return fmt.Errorf("%w; the guest is %s here", cause, state)
+	case errors.Is(err, hypervisor.ErrNoDomain):
+		err = nil
+	}
+	if err != nil {
+		return errors.Join(cause, err)
+	}
+	return errors.Join(cause, e.keepCopies(disks))
 }
 
 // note adds a notice to what is shown of a move that is over.
