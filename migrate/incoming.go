@@ -155,7 +155,7 @@ func (in *incoming) step(ctx context.Context, ev handoff.Event, cause error) err
 		in.log.Info("handoff", "from", before, "event", ev, "to", next, "cause", cause)
 	}
 	late := false // its record is
-	again := next == handoff.Aborted && before == handoff.Receiver && in.hasDied(ctx)
+	again := next == handoff.Aborted && before == handoff.Receiver && in.comesBack(ctx)
 	for _, a := range actions {
 		switch a {
 		case handoff.Record:
@@ -190,6 +190,11 @@ func (in *incoming) step(ctx context.Context, ev handoff.Event, cause error) err
 		return in.settle(in.log, &in.entry, next, in.move)
 	}
 	return nil
+}
+
+// comesBack reports whether what keeps the guest from arriving may be over soon.
+func (in *incoming) comesBack(ctx context.Context) bool {
+	return in.Engine.ctx.Err() != nil || in.hasDied(ctx) // an agent that stops is started again
 }
 
 // hasDied reports whether what should receive the guest is not there any more.

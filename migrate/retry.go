@@ -109,8 +109,11 @@ func (e *Engine) awaitDestination(m *Move, uuid string, req Request) (*hyperviso
 			return nil, context.Cause(m.ctx)
 		}
 		dom, err := e.readyToTry(m.ctx, uuid, req.To)
-		if err == nil {
+		switch {
+		case err == nil:
 			return dom, nil
+		case errors.Is(err, hypervisor.ErrNoDomain): // somebody has taken it away
+			return nil, fmt.Errorf("no other attempt is made: %w", err)
 		}
 		e.Log.Info("the next attempt waits", "move", m.Status().Move, "error", err)
 		select {
