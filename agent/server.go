@@ -256,7 +256,7 @@ func (a *agent) recoverMove(w http.ResponseWriter, r *http.Request) {
 	if !receive(w, r, &ask) {
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(r.Context(), rollbackTimeout)
 	defer cancel()
 	switch err := a.engine.Resolve(ctx, r.PathValue("id"), ask.Word); {
 	case errors.Is(err, migrate.ErrNoMove):

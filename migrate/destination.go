@@ -141,7 +141,12 @@ func (e *Engine) decision(ctx context.Context, ask query, peer tunnel.ID) (kind 
 	if m, ok := e.Move(ask.Move); ok && !entry.State.Final() {
 		select {
 		case m.inbox <- s:
-			h := <-s.reply
+			var h heard
+			select {
+			case h = <-s.reply:
+			case <-ctx.Done():
+				return kindUndecided, reason{"the destination is still ending the move: ask again"}
+			}
 			if h.err != nil {
 				e.Log.Warn("the source's question is not answered", "move", ask.Move, "error", h.err)
 			}

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -195,6 +196,9 @@ func (u *undecided) hear(ctx context.Context, ev handoff.Event) heard {
 	case handoff.Overruled:
 		why = fmt.Errorf("an operator at %s has had the guest run there", u.entry.Site)
 	default:
+		if _, _, err := handoff.Step(u.entry.State, ev); err != nil {
+			return heard{err: fmt.Errorf("%w in move %s for that word: it stands at %s here", ErrNotOpen, u.entry.Move, u.entry.State)}
+		}
 		if err := u.mayHear(ctx, *u.entry, ev); err != nil {
 			return heard{err: err}
 		}
@@ -294,7 +298,12 @@ func (e *Engine) Resolve(ctx context.Context, move, word string) error {
 	}
 	select {
 	case m.inbox <- s:
-		return (<-s.reply).err
+		select {
+		case h := <-s.reply:
+			return h.err
+		case <-ctx.Done():
+			return fmt.Errorf("move %s is still being ended as you said, wanmig status shows what comes of it: %w", move, context.Cause(ctx))
+		}
 	case <-m.Done():
 		return e.resolveEnded(ctx, move, ev)
 	case <-ctx.Done():
@@ -325,7 +334,7 @@ func (e *Engine) resolveEnded(ctx context.Context, move string, ev handoff.Event
 // mayHear refuses what an operator can't mean.
 func (e *Engine) mayHear(ctx context.Context, entry handoff.Entry, ev handoff.Event) error {
 	if last, err := e.Journal.Latest(entry); err != nil || !last {
-		return errors.Join(err, fmt.Errorf("%w in move %s: the guest was moved again since; wanmig list shows its latest move", ErrNotOpen, entry.Move))
+		return cmp.Or(err, fmt.Errorf("%w in move %s: the guest was moved again since; wanmig list shows its latest move", ErrNotOpen, entry.Move))
 	}
 	state, err := e.Host.State(ctx, entry.UUID)
 	switch {

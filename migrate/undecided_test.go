@@ -2,9 +2,12 @@ package migrate
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
@@ -24,5 +27,28 @@ func TestNoWordEndsAGuestThatMayRun(t *testing.T) {
 		if h := u.hear(t.Context(), word); h.kind != kindUndecided || h.err == nil {
 			t.Errorf("%v is answered with %d, %v", word, h.kind, h.err)
 		}
+	}
+}
+
+// What an operator says may take longer than the command waits.
+func TestOperatorIsToldOfAnEndThatTakesLong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMove(Status{Move: "mv-1", Phase: PhaseInDoubt}, func(error) {})
+		e := &Engine{moves: map[string]*Move{"mv-1": m}}
+		go func() { <-m.inbox }() // and it is busy with libvirtd from now on
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		if err := e.Resolve(ctx, "mv-1", WordRunHere); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// A word that does not fit is refused as such, whatever the state.
+func TestWordThatDoesNotFitIsRefused(t *testing.T) {
+	entry := handoff.Entry{Move: "mv-1", State: handoff.Owner}
+	u := &undecided{Engine: &Engine{}, entry: &entry}
+	if h := u.hear(t.Context(), handoff.RunHere); !errors.Is(h.err, ErrNotOpen) {
+		t.Errorf("got %v", h.err)
 	}
 }
