@@ -353,22 +353,22 @@ func (e *Engine) find(ctx context.Context, vm string) (*hypervisor.Domain, error
 }
 
 // record makes a state durable together with the status shown. When it can't,
-// the entry stays as it was.
+// the entry stays as it was. What of an entry does not change is read beside.
 func (e *Engine) record(entry *handoff.Entry, state handoff.State, m *Move) error {
-	before := *entry
+	before, outcome := entry.State, entry.Outcome
 	entry.State = state
-	if outcome, err := json.Marshal(m.Status()); err == nil && phaseOf(state).Final() {
-		entry.Outcome = outcome
+	if shown, err := json.Marshal(m.Status()); err == nil && phaseOf(state).Final() {
+		entry.Outcome = shown
 	}
 	if state.Final() {
 		// What the peer takes for given must not come undone with this host's power.
 		if err := hypervisor.SyncDefinitions(); err != nil {
-			*entry = before
+			entry.State, entry.Outcome = before, outcome
 			return err
 		}
 	}
 	if err := e.Journal.Put(*entry); err != nil {
-		*entry = before
+		entry.State, entry.Outcome = before, outcome
 		return fmt.Errorf("%w: free some space in the agent's state folder", err)
 	}
 	return nil

@@ -1,9 +1,13 @@
 package migrate
 
 import (
+	"path/filepath"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/wanmig/wanmig/handoff"
 )
 
 // Whoever is told that a move is over may begin the next at once, though its host
@@ -36,4 +40,28 @@ func TestNextMoveBeginsWhenTheLastHasEnded(t *testing.T) {
 			t.Errorf("the VM is with %q", e.busy["u"])
 		}
 	})
+}
+
+// What of an entry never changes may be read while a record of it fails.
+func TestRecordThatFailsChangesNothing(t *testing.T) {
+	j, err := handoff.OpenJournal(filepath.Join(t.TempDir(), "journal.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	j.Close()
+	e := &Engine{Config: Config{Journal: j}}
+	entry := handoff.Entry{Move: "mv-1", UUID: "u", State: handoff.Accepted, Outcome: []byte("{}")}
+	var reader sync.WaitGroup
+	reader.Go(func() {
+		if entry.UUID != "u" {
+			t.Error("the UUID has changed")
+		}
+	})
+	if e.record(&entry, handoff.Running, newMove(Status{Move: "mv-1"}, func(error) {})) == nil {
+		t.Error("a closed journal takes a record")
+	}
+	reader.Wait()
+	if entry.State != handoff.Accepted || string(entry.Outcome) != "{}" {
+		t.Errorf("the entry is %+v", entry)
+	}
 }
