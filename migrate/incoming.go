@@ -120,7 +120,9 @@ func (in *incoming) run(ctx context.Context) {
 		}
 	}
 	// Until now serveRedirect may have made something.
-	in.Redirects.Decide(in.ask.Move, in.entry.State == handoff.Running)
+	if in.entry.State.Final() {
+		in.Redirects.Decide(in.ask.Move, in.entry.State == handoff.Running)
+	}
 	if in.unwatch != nil {
 		in.unwatch()
 	}
