@@ -5,6 +5,20 @@ import (
 	"time"
 )
 
+// recentRate is what a session has sent, in bytes per second, in the last seconds in
+// which it had something to send.
+type recentRate struct{ reach }
+
+// idleRate is the part of the most below which a session was idle: what waits for
+// a hook tells nothing of the link.
+const idleRate = 0.1
+
+func (r *recentRate) add(rate int64) {
+	if float64(rate) >= idleRate*float64(r.most()) {
+		r.reach.add(rate)
+	}
+}
+
 // passed is what has been sent until a round of memory began.
 type passed struct {
 	at      time.Time

@@ -42,6 +42,27 @@ func TestWhatTheLinkTakes(t *testing.T) {
 	}
 }
 
+// A session that had nothing to send for a minute has shown what it can before.
+func TestRecentRate(t *testing.T) {
+	var r recentRate
+	for range 3 {
+		r.add(1000)
+	}
+	for range 60 {
+		r.add(0)
+		r.add(99)
+	}
+	if r.most() != 1000 {
+		t.Errorf("after a minute in which next to nothing was sent the rate is %d", r.most())
+	}
+	for range 10 {
+		r.add(400) // the link has become slower
+	}
+	if r.most() != 400 {
+		t.Errorf("on a link that has become slower the rate is %d", r.most())
+	}
+}
+
 // What handoffs to a site took is believed step by step, and within bounds.
 func TestOverheads(t *testing.T) {
 	var o overheads

@@ -50,10 +50,10 @@ type brake struct {
 	held time.Duration // as of the last look
 	hold time.Duration // for so long nothing was read
 
-	looks int
-	reach reach     // bytes per second that the session has sent
-	sent  uint64    // by it,
-	at    time.Time // at that time
+	looks  int
+	recent recentRate // what the session has sent
+	sent   uint64     // by it, in all,
+	at     time.Time  // at that time
 
 	first  time.Time // when the first round was judged
 	before passed
@@ -100,7 +100,7 @@ func (b *brake) look(now time.Time) {
 	if b.looks++; b.looks%ratedEvery == 0 {
 		sent := b.sy.s.session.Stats().BytesSent
 		if dt := now.Sub(b.at).Seconds(); !b.at.IsZero() && dt > 0 {
-			b.reach.add(int64(float64(sent-min(b.sent, sent)) / dt))
+			b.recent.add(int64(float64(sent-min(b.sent, sent)) / dt))
 		}
 		b.sent, b.at = sent, now
 	}
@@ -179,7 +179,7 @@ func (b *brake) start(now time.Time, job hypervisor.JobStats) roundStart {
 		is.memory = int64(m.StreamBytes)
 	}
 	r := roundStart{at: now.Sub(b.first), left: int64(job.MemoryRemaining), throttle: job.Throttle}
-	r.link, r.takes, b.ratio = is.since(b.before, b.reach.most(), b.ratio, sy.pacer.rate.Load() != 0)
+	r.link, r.takes, b.ratio = is.since(b.before, b.recent.most(), b.ratio, sy.pacer.rate.Load() != 0)
 	b.before = is
 	pending, _ := sy.outboxes()
 	r.base = sy.s.overheads.of(sy.s.req.To) + link.MinRTT/2 + max(link.RTT-link.MinRTT, 0)

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 if [ -n "${RUN:-}" ]; then
 	# shellcheck disable=SC2086
 	go test -tags bench -count=1 -v -timeout 45m -run "$RUN" ./bench ${BENCH_FLAGS:-}
-	exec go test -tags bench -count=1 -v -timeout 45m -run "$RUN" ./netredirect/encap ./lab/e2e
+	exec go test -tags bench -count=1 -v -timeout 60m -run "$RUN" ./netredirect/encap ./lab/e2e
 fi
 go test -run '^$' -bench . -benchtime 1s ./compress ./memsync ./blocksync/... ./tunnel
 if [ "$(id -u)" != 0 ]; then
@@ -22,4 +22,4 @@ go test -tags bench -run '^$' -bench 'Image|Link' -benchtime 1x ./compress
 go test -tags bench -run '^$' -bench Image -benchtime 2x -cpu 1 ./blocksync
 go test -tags lab -run '^$' -bench Captured -benchtime 3x -cpu 1 ./memsync
 go test -tags bench -count=1 -v -run Throughput ./netredirect/encap
-go test -tags bench -count=1 -v -timeout 45m -run 'TunnelKinds|Outage|LongestGap|Downtime|SideBySide|Debian|Deltas' ./lab/e2e
+go test -tags bench -count=1 -v -timeout 60m -run 'TunnelKinds|Outage|LongestGap|Downtime|SideBySide|Debian|Deltas' ./lab/e2e
