@@ -65,7 +65,10 @@ func newWorldWith(t *testing.T, o lab.Options, rate, rtt string) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o.Dir, o.Link, o.Wanmig = dir, link, program(t, "wanmig")
+	o.Dir, o.Link = dir, link
+	if o.Wanmig == "" {
+		o.Wanmig = program(t, "wanmig")
+	}
 	l, err := lab.Up(t.Context(), o)
 	if err != nil {
 		os.RemoveAll(dir)
