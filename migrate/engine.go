@@ -238,7 +238,7 @@ func (e *Engine) awaitEnding(ctx context.Context, uuid string) {
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		m := e.moves[e.busy[uuid]]
-		return m != nil && m.Status().Phase.Final()
+		return m != nil && (m.ending || m.Status().Phase.Final())
 	}
 	for until := time.Now().Add(endingWait); ending() && time.Now().Before(until); {
 		select {

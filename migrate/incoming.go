@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/wanmig/wanmig/blocksync"
@@ -157,7 +159,7 @@ func (in *incoming) step(ctx context.Context, ev handoff.Event, cause error) err
 		in.log.Info("handoff", "from", before, "event", ev, "to", next, "cause", cause)
 	}
 	late := false // its record is
-	again := next == handoff.Aborted && before == handoff.Receiver && in.comesBack(ctx)
+	again := next == handoff.Aborted && before == handoff.Receiver && in.comesBack(ctx, cause)
 	for _, a := range actions {
 		switch a {
 		case handoff.Record:
@@ -195,8 +197,14 @@ func (in *incoming) step(ctx context.Context, ev handoff.Event, cause error) err
 }
 
 // comesBack reports whether what keeps the guest from arriving may be over soon.
-func (in *incoming) comesBack(ctx context.Context) bool {
-	return in.Engine.ctx.Err() != nil || in.hasDied(ctx) // an agent that stops is started again
+func (in *incoming) comesBack(ctx context.Context, cause error) bool {
+	switch {
+	case in.Engine.ctx.Err() != nil: // an agent that stops is started again
+		return true
+	case errors.Is(cause, io.EOF), errors.Is(cause, io.ErrUnexpectedEOF), errors.Is(cause, syscall.ECONNRESET), errors.Is(cause, syscall.EPIPE):
+		return true // of QEMU, which libvirt may not have missed yet
+	}
+	return in.hasDied(ctx)
 }
 
 // hasDied reports whether what should receive the guest is not there any more.

@@ -24,6 +24,7 @@ type Move struct {
 	ctx     context.Context // of a move that this host makes, until it ends or is cancelled
 	cancel  context.CancelCauseFunc
 	attempt int  // from 1
+	ending  bool // it was not decided when its agent ended: nothing but clearing is left
 	decided bool // the offer is made: nothing at this host stops the move
 	limit   Limit
 	inbox   chan said // what is said of a move whose end is open; nobody listens otherwise

@@ -46,6 +46,7 @@ func (e *Engine) takeUp(ctx context.Context, entry handoff.Entry) {
 	r := &restarted{Engine: e, move: newMove(statusOf(entry), func(error) {}), entry: entry,
 		log: e.Log.With("move", entry.Move, "vm", entry.VM)}
 	r.move.decided = true
+	r.move.ending = entry.State == handoff.Owner || entry.State == handoff.Receiver
 	if entry.State != handoff.Claimed {
 		r.move.phase(PhaseHandoff) // in doubt is what can't be told soon
 	}

@@ -30,7 +30,7 @@ func (s *source) mayRetry(err error) bool {
 		return false
 	case errors.Is(err, ErrStillLost), errors.Is(err, hypervisor.ErrNoAnswer):
 		return true
-	case s.gave:
+	case s.gave, s.aborted:
 		return s.again
 	}
 	return s.session.Err() != nil

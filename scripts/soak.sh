@@ -10,4 +10,4 @@ fi
 export WANLAB_CACHE="${WANLAB_CACHE:-/var/cache/wanlab}"
 export WANLAB_GUEST="$PWD/bin/wanlab-guest"
 bin/wanlab image
-exec go test -tags lab,soak -count=1 -parallel 3 -timeout 4h -run "${RUN:-TestFaults|TestDoubt|TestRoundTrip}" -v ./lab/e2e
+exec go test -tags lab,soak -count=1 -parallel 3 -timeout 4h -run "${RUN:-TestFaults|TestDoubt|TestStall|TestRoundTrip}" -v ./lab/e2e
