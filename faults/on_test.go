@@ -16,6 +16,7 @@ func TestPoints(t *testing.T) {
 	if err := os.MkdirAll(Folder, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { os.Remove(Folder) }) // unless somebody else is in it
 	arm := func(point, what string) string {
 		path := filepath.Join(Folder, point)
 		if err := os.WriteFile(path, []byte(what), 0o600); err != nil {
