@@ -38,6 +38,12 @@ type syncer struct {
 
 	memoryDone chan error     // the memory stream's end
 	performed  chan performed // libvirt's Perform's end
+	over       chan struct{}  // closed with Perform's end
+
+	shut    context.Context // what QEMU sends goes nowhere from its end on
+	close   func()
+	lost    atomic.Pointer[error] // of the memory channel, with the guest stopped
+	failure atomic.Pointer[error] // what ended the sync
 
 	leave  func()        // the division of the link
 	still  chan struct{} // closed when the guest stands still
@@ -82,8 +88,9 @@ type performed struct {
 func (s *source) startSync(parent context.Context, ready prepared) (*syncer, error) {
 	ctx, end := context.WithCancelCause(context.WithoutCancel(parent))
 	sy := &syncer{s: s, ctx: ctx, end: end, memoryDone: make(chan error, 1), performed: make(chan performed, 1),
-		still: make(chan struct{}), tailed: make(chan struct{}), watch: make(chan error, 1), newRound: make(chan struct{}, 1),
+		over: make(chan struct{}), still: make(chan struct{}), tailed: make(chan struct{}), watch: make(chan error, 1), newRound: make(chan struct{}, 1),
 		pageStore: min(s.PageStore, ready.PageStore)}
+	sy.shut, sy.close = context.WithCancel(context.Background())
 	sy.unlink = context.AfterFunc(parent, func() { sy.fail(context.Cause(parent)) })
 	if err := sy.start(ready.Cookie); err != nil {
 		sy.stop()
@@ -114,7 +121,9 @@ func (sy *syncer) fail(cause error) {
 
 func (sy *syncer) finish(cause error) {
 	sy.failed.Do(func() {
+		sy.failure.Store(&cause)
 		sy.s.tellCancel(sy.ctx, cause)
+		sy.letQEMUEnd()
 		sy.end(cause)
 	})
 }
@@ -173,6 +182,7 @@ func (sy *syncer) start(cookie []byte) error {
 	sy.work.Go(func() {
 		cookie, err := s.out.Perform(sy.ctx, cookie, ramPath, nbdPath)
 		sy.doneAt.Store(time.Now().UnixNano())
+		close(sy.over)
 		sy.performed <- performed{cookie, err}
 	})
 	sy.leave = s.rates.join(&sender{move: s.move, site: s.req.To, session: s.session, weight: s.req.Priority.weight(),
@@ -207,7 +217,8 @@ func (sy *syncer) stream(l net.Listener) error {
 	for _, d := range sy.disks {
 		d.outbox.Covered() // libvirt begins with memory when every mirror has caught up
 	}
-	c := memsync.SourceConfig{QEMU: conn, Frames: sy.pages, Return: sy.pages, Store: sy.pageStore, Pace: sy.pace, OnTail: sy.tailBegins}
+	pages := valve{sy.pages, sy}
+	c := memsync.SourceConfig{QEMU: conn, Frames: pages, Return: pages, Store: sy.pageStore, Pace: sy.pace, OnTail: sy.tailBegins}
 	if keeper := sy.s.memory; keeper != nil {
 		c.Keep = keeper.page
 	}
@@ -449,6 +460,12 @@ func (sy *syncer) awaitPerform() (performed, error) {
 	for {
 		select {
 		case p := <-sy.performed:
+			if lost := sy.lost.Load(); p.err == nil && lost != nil {
+				p.err = *lost
+			}
+			if failure := sy.failure.Load(); failure != nil {
+				return p, *failure
+			}
 			if p.err == nil {
 				return p, nil
 			}
@@ -486,6 +503,7 @@ func (sy *syncer) cause(perform error) error {
 // stop ends every part and waits for it.
 func (sy *syncer) stop() {
 	sy.unlink()
+	sy.close()
 	sy.end(errors.New("the move ended"))
 	if sy.unwatch != nil {
 		sy.unwatch()

@@ -26,36 +26,18 @@ func inMemory(s migrate.Status) bool {
 	return s.Phase == migrate.PhaseSync && s.Memory.Stream > 1<<20
 }
 
-// TestFailuresLeaveTheGuest lets a move fail in every way that it may before the
-// handoff is decided. Each time the guest must run on at the source, unharmed,
-// with nothing left at the destination; at last it moves.
+// TestFailuresLeaveTheGuest cancels a move in each of its parts, and lets the
+// destination's disk be full. Each time the guest must run on at the source,
+// unharmed, with nothing left at the destination; at last it moves. TestFaults has
+// the other ways to fail.
 func TestFailuresLeaveTheGuest(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, "40mbit", "20ms")
 	const name = "survivor"
 	v := w.vm(lab.VMOptions{Name: name, Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "128MiB,format=qcow2")},
 		Dirty: 2 << 20, Write: 512 << 10, WorkingSet: 16 << 20})
 
 	cancel := func(w *world, move string) { w.wanmig(lab.LocalDC, "cancel", move) }
-	restart := func(site, daemon string, sig syscall.Signal) func(*world, string) {
-		return func(w *world, _ string) {
-			s := w.Sites[site]
-			kill, start := s.KillAgent, s.StartAgent
-			if daemon == lab.Libvirtd {
-				kill, start = s.KillLibvirtd, s.StartLibvirtd
-			}
-			if err := kill(w.t.Context()); err != nil {
-				w.t.Fatal(err)
-			}
-			if err := start(w.t.Context()); err != nil {
-				w.t.Fatal(err)
-			}
-		}
-	}
-	killQEMU := func(w *world, _ string) {
-		if err := syscall.Kill(w.qemu(lab.RemoteDC, name), syscall.SIGKILL); err != nil {
-			w.t.Fatal(err)
-		}
-	}
 	cases := []struct {
 		name string
 		at   func(migrate.Status) bool
@@ -65,11 +47,6 @@ func TestFailuresLeaveTheGuest(t *testing.T) {
 		{"cancel while preparing", inPrepare, cancel, "cancelled"},
 		{"cancel while disks are copied", inDisks, cancel, "cancelled"},
 		{"cancel while memory is copied", inMemory, cancel, "cancelled"},
-		{"destination agent killed", inMemory, restart(lab.RemoteDC, lab.Agent, syscall.SIGKILL), "session"},
-		{"destination QEMU killed before the tail", inMemory, killQEMU, "destination"},
-		{"source agent killed", inMemory, restart(lab.LocalDC, lab.Agent, syscall.SIGKILL), "restarted"},
-		{"source libvirtd restarted", inMemory, restart(lab.LocalDC, lab.Libvirtd, syscall.SIGTERM), "libvirt"},
-		{"destination libvirtd restarted", inMemory, restart(lab.RemoteDC, lab.Libvirtd, syscall.SIGTERM), "destination"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -84,7 +61,6 @@ func TestFailuresLeaveTheGuest(t *testing.T) {
 			w.unharmed(v)
 		})
 	}
-	t.Run("destination QEMU killed after the tail", func(t *testing.T) { w := &world{w.Lab, t}; w.killAfterTail(v) })
 	t.Run("destination disk full", func(t *testing.T) { w := &world{w.Lab, t}; w.fullDisk(v) })
 
 	w.move(lab.LocalDC, name, lab.RemoteDC)
@@ -127,29 +103,6 @@ func (w *world) leftImages(site string) []string {
 		_, known := kept["/var/lib/libvirt/images/"+name]
 		return known
 	})
-}
-
-// killAfterTail kills the destination's QEMU when it has loaded the whole guest
-// and the destination has accepted it, but before it runs: libvirtd there is
-// held meanwhile, so that its Finish can't come through.
-func (w *world) killAfterTail(v *lab.VM) {
-	move := w.begin(v.Name)
-	w.await(lab.LocalDC, move, "memory", inMemory)
-	qemu := w.qemu(lab.RemoteDC, v.Name)
-	w.signal(lab.RemoteDC, lab.Libvirtd, syscall.SIGSTOP)
-	w.await(lab.RemoteDC, move, "the handoff", func(s migrate.Status) bool { return s.Phase == migrate.PhaseHandoff })
-	if state := w.state(lab.LocalDC, v.Name); state != "paused" {
-		w.t.Errorf("after the tail the guest is %s at the source", state)
-	}
-	if err := syscall.Kill(qemu, syscall.SIGKILL); err != nil {
-		w.t.Error(err)
-	}
-	w.signal(lab.RemoteDC, lab.Libvirtd, syscall.SIGCONT)
-	s := w.await(lab.LocalDC, move, "its end", final)
-	if s.Phase != migrate.PhaseRolledBack || !strings.Contains(s.Result.Error, "destination") {
-		w.t.Errorf("the move ended %s with %q", s.Phase, s.Result.Error)
-	}
-	w.unharmed(v)
 }
 
 // fullDisk gives the destination's images a file system that is too small for
