@@ -91,9 +91,15 @@ func (s *source) step(ev handoff.Event, cause error) error {
 			}
 			faults.At("offer-sent")
 		case handoff.Resume:
-			cause = s.resume(ctx, cause)
+			var err error
+			if cause, err = s.resume(ctx, cause); err != nil {
+				return fmt.Errorf("%w: %w (%w)", errUnfinished, err, cause)
+			}
 		case handoff.Release:
 			cause = s.releaseGuest(ctx)
+			if cause != nil && !errors.Is(cause, errLeft) {
+				return fmt.Errorf("%w: %w", errUnfinished, cause)
+			}
 		case handoff.Start:
 			cause = s.startClaimed(ctx, cause)
 		case handoff.GiveUp:
@@ -192,8 +198,21 @@ func (s *source) learn(ctx context.Context) (answer, *said, bool) {
 	}
 }
 
+// errUnfinished is returned when libvirtd was away for longer than what ends a move
+// waits for. The journal has the state before, and the same is tried again.
+var errUnfinished = errors.New("libvirtd has not let the move be ended yet")
+
+// goOn ends a move that is unfinished, however long that takes.
+func (s *source) goOn(why error) {
+	r := &restarted{Engine: s.Engine, move: s.move, entry: s.entry, log: s.log, why: why}
+	u := &undecided{Engine: s.Engine, move: s.move, entry: &r.entry, log: s.log, step: r.step}
+	u.doubt(why)
+	u.run(s.ctx)
+}
+
 // resume lets the guest run here again, and gives the cause as an operator reads it.
-func (s *source) resume(ctx context.Context, cause error) error {
+// An error means that it could not be, and that it may be later.
+func (s *source) resume(ctx context.Context, cause error) (error, error) {
 	if s.memory != nil {
 		defer s.dropMemory(s.dom.UUID)
 	}
@@ -215,13 +234,13 @@ func (s *source) resume(ctx context.Context, cause error) error {
 	case errors.Is(err, errStopped):
 		cause = fmt.Errorf("%w: %w", err, cause)
 	case err != nil:
-		cause = fmt.Errorf("%w; and the guest is not running here: %w: try virsh resume %q", cause, err, s.dom.Name)
+		return cause, err
 	}
 	if err := patiently(ctx, nil, func() error { return s.restoreDefinition(ctx, s.entry) }); err != nil {
-		cause = fmt.Errorf("%w; and %w", cause, err)
+		return cause, err
 	}
 	s.awaitAborted()
-	return cause
+	return cause, nil
 }
 
 // tellCancel tells the destination why nothing more comes, if it can be told at

@@ -180,14 +180,10 @@ func (e *Engine) receive(ctx context.Context, session *tunnel.Session, ctl *cont
 	m := newMove(Status{Move: ask.Move, Role: "destination", VM: ask.Name, UUID: ask.UUID, Peer: e.Known(session.Peer()),
 		Phase: PhasePrepare, Started: time.Now()}, cancel)
 	defer close(m.done)
-	e.mu.Lock()
-	_, again := e.moves[ask.Move]
-	e.mu.Unlock()
-	if again {
-		return fmt.Errorf("move %s was here before: start a new one", ask.Move)
-	}
 	e.awaitEnding(ctx, ask.UUID)
-	if err := e.claim(ask.UUID, m); err != nil {
+	if err := e.claim(ask.UUID, m); errors.Is(err, errHereBefore) {
+		return err // nothing is said of that one
+	} else if err != nil {
 		_ = ctl.send(ctx, kindAborted, reason{err.Error()})
 		awaitEnd(session)
 		return err

@@ -249,11 +249,17 @@ func (e *Engine) awaitEnding(ctx context.Context, uuid string) {
 	}
 }
 
+// errHereBefore is returned when the ID of a move is not new.
+var errHereBefore = errors.New("this move was here before")
+
 // claim reserves a domain for a move and lists the move.
 func (e *Engine) claim(uuid string, m *Move) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	s := m.Status()
+	if _, again := e.moves[s.Move]; again {
+		return fmt.Errorf("%w: %s: start a new one", errHereBefore, s.Move)
+	}
 	if err := e.take(uuid, s); err != nil {
 		return err
 	}

@@ -76,6 +76,7 @@ type restarted struct {
 	entry handoff.Entry
 	log   *slog.Logger
 	left  error // an errLeft
+	why   error // the move did not end, of one whose agent goes on
 }
 
 // fenceAgain takes a definition away that libvirt has written when its mirrors
@@ -119,7 +120,7 @@ func (r *restarted) act(ctx context.Context, a handoff.Action, next handoff.Stat
 		return errors.Join(err, r.restoreDefinition(ctx, r.entry))
 	case handoff.Release:
 		err := r.clear(ctx, r.entry)
-		if errors.Is(err, errLeft) {
+		if errors.Is(err, errLeft) && ctx.Err() == nil {
 			r.left, err = err, nil
 		}
 		return err
@@ -149,6 +150,9 @@ func (r *restarted) recordState(ctx context.Context, next handoff.State, why err
 				result = *s.Result
 			}
 			result.Result, result.Error, result.Ways = string(shown), "", nil
+			if r.why != nil && !leaves(next) {
+				why = r.why
+			}
 			if err := errors.Join(why, r.left); err != nil {
 				result.Error = err.Error()
 			}

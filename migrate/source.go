@@ -60,6 +60,9 @@ func (e *Engine) moveAway(ctx context.Context, m *Move, dom *hypervisor.Domain, 
 	m.phase(PhaseCheck)
 	s.log.Info("move begins", "uuid", dom.UUID, "attempt", m.attempt)
 	err := s.run(ctx)
+	if errors.Is(err, errUnfinished) {
+		s.goOn(err)
+	}
 	s.end(err)
 	return s.next
 }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the tests that have a long form in that form: hundreds of faults, real kills and cuts. It needs root, and hours.
+# Runs the moves of the lab in their long form: hundreds of faults, real kills and cuts. It needs root, and hours.
 # RUN, if set, names the only tests to run.
 set -eu
 cd "$(dirname "$0")/.."
@@ -10,4 +10,4 @@ fi
 export WANLAB_CACHE="${WANLAB_CACHE:-/var/cache/wanlab}"
 export WANLAB_GUEST="$PWD/bin/wanlab-guest"
 bin/wanlab image
-exec go test -tags lab,soak -count=1 -parallel 3 -timeout 4h -run "${RUN:-TestFaults|TestDoubt|TestStall|TestRoundTrip}" -v ./lab/e2e
+exec go test -tags lab,soak -count=1 -parallel 3 -timeout 4h -run "${RUN:-.}" -v ./lab/e2e

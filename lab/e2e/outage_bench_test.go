@@ -9,3 +9,5 @@ const (
 	cutFor   = time.Minute
 	briefCut = cutFor
 )
+
+const everyPart = true

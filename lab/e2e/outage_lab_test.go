@@ -10,3 +10,6 @@ const (
 	cutFor   = 35 * time.Second
 	briefCut = 12 * time.Second
 )
+
+// everyPart says whether the link is cut in each part of a move, or in two of them.
+const everyPart = soaking

@@ -341,6 +341,10 @@ func TestConnectionsOutliveTheOldAddress(t *testing.T) {
 		return !slices.ContainsFunc(addresses(v), func(a netip.Addr) bool { return w.record(v, a).TTL != time.Minute })
 	})
 
+	if !soaking {
+		return
+	}
+
 	t.Log("and back")
 	w.move(lab.RemoteDC, "web", lab.LocalDC)
 	w.awaitRedirect(lab.RemoteDC, "gone", none)
@@ -417,6 +421,9 @@ func TestRedirectTellsWhatIsMissing(t *testing.T) {
 	const wrong = "key \"wanlab\" { algorithm hmac-sha256; secret \"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"; };\n"
 	if err := os.WriteFile(w.path(lab.RemoteDC, "/etc/wanmig/wrong.key"), []byte(wrong), 0o600); err != nil {
 		t.Fatal(err)
+	}
+	if !soaking {
+		cases = cases[:2]
 	}
 	for i, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
