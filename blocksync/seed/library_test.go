@@ -481,6 +481,7 @@ func TestRun(t *testing.T) {
 	await(2)
 	// One that takes for ever ends with the agent.
 	s.limit.SetLimit(rate.Limit(1))
+	s.limit.ReserveN(time.Now(), s.limit.Burst()) // what it has saved up
 	s.put("c", 3)
 	s.Refresh(ctx)
 	cancel()
