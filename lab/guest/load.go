@@ -14,6 +14,7 @@ const (
 	verifyPages  = 256 // per second, besides what it is told to verify
 	verifyBlocks = 16  // per second and disk
 
+	idle  = 100 * time.Millisecond // between looks for something to do
 	batch = 250 * time.Millisecond // of blocks written before an fsync
 )
 
@@ -77,7 +78,7 @@ func (l *load) start() {
 }
 
 // pace calls do every interval, for ever, with the number of steps that the rate, in steps per second, has made due since.
-// After a pause it does not catch up on more than four intervals. While nothing is due it looks ten times less often.
+// After a pause it does not catch up on more than four intervals. While nothing is due it looks less often.
 func pace(interval time.Duration, rate func() float64, do func(n int64)) {
 	due := 0.0
 	last := monotonic()
@@ -85,7 +86,7 @@ func pace(interval time.Duration, rate func() float64, do func(n int64)) {
 		if rate() > 0 {
 			time.Sleep(interval)
 		} else {
-			time.Sleep(10 * interval)
+			time.Sleep(max(interval, idle))
 		}
 		now := monotonic()
 		due += rate() * min(now-last, 4*interval).Seconds()
