@@ -25,6 +25,7 @@ func TestDoubt(t *testing.T) {
 	// A host that starts anew has the guest again that it would have started.
 	move := w.rebootIn(name)
 	w.ends(lab.LocalDC, move, "rolled-back")
+	w.boots(lab.LocalDC, v)
 	w.healthy(lab.LocalDC, v)
 	w.autostarts(lab.LocalDC, name)
 
@@ -100,6 +101,18 @@ func TestDoubt(t *testing.T) {
 }
 
 func inDoubt(s migrate.Status) bool { return s.Phase == migrate.PhaseInDoubt && s.Result != nil }
+
+// boots waits until a guest that has booted anew answers.
+func (w *world) boots(site string, v *lab.VM) {
+	w.t.Helper()
+	var err error
+	for until := time.Now().Add(time.Minute); time.Now().Before(until); time.Sleep(200 * time.Millisecond) {
+		if _, err = v.Report(w.t.Context(), site); err == nil {
+			return
+		}
+	}
+	w.t.Fatalf("the guest at %s does not answer: %v", site, err)
+}
 
 func (w *world) autostarts(site, vm string) {
 	w.t.Helper()
