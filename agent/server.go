@@ -244,6 +244,10 @@ func (a *agent) cancelMove(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusConflict, err)
 		return
 	}
+	if s := m.Status(); s.Phase == migrate.PhaseInDoubt {
+		fail(w, http.StatusConflict, fmt.Errorf("move %s is in doubt, and can't be cancelled: wanmig status shows what it waits for, and what decides it", s.Move))
+		return
+	}
 	if err := m.Cancel(migrate.ErrCancelled); err != nil {
 		fail(w, http.StatusConflict, err)
 		return

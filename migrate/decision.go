@@ -93,12 +93,12 @@ func (s *source) step(ev handoff.Event, cause error) error {
 		case handoff.Resume:
 			var err error
 			if cause, err = s.resume(ctx, cause); err != nil {
-				return fmt.Errorf("%w: %w (%w)", errUnfinished, err, cause)
+				return unfinished{ev, fmt.Errorf("%w (%w)", err, cause)}
 			}
 		case handoff.Release:
 			cause = s.releaseGuest(ctx)
 			if cause != nil && !errors.Is(cause, errLeft) {
-				return fmt.Errorf("%w: %w", errUnfinished, cause)
+				return unfinished{ev, cause}
 			}
 		case handoff.Start:
 			cause = s.startClaimed(ctx, cause)
@@ -198,15 +198,23 @@ func (s *source) learn(ctx context.Context) (answer, *said, bool) {
 	}
 }
 
-// errUnfinished is returned when libvirtd was away for longer than what ends a move
-// waits for. The journal has the state before, and the same is tried again.
-var errUnfinished = errors.New("libvirtd has not let the move be ended yet")
+// unfinished is the error of a move whose end is known, and could not be carried out:
+// libvirtd was away for longer than that waits. The journal has the state before.
+type unfinished struct {
+	event handoff.Event
+	err   error
+}
+
+func (u unfinished) Error() string {
+	return "libvirtd has not let the move be ended yet: " + u.err.Error()
+}
+func (u unfinished) Unwrap() error { return u.err }
 
 // goOn ends a move that is unfinished, however long that takes.
-func (s *source) goOn(why error) {
-	r := &restarted{Engine: s.Engine, move: s.move, entry: s.entry, log: s.log, why: why}
-	u := &undecided{Engine: s.Engine, move: s.move, entry: &r.entry, log: s.log, step: r.step}
-	u.doubt(why)
+func (s *source) goOn(left unfinished) {
+	r := &restarted{Engine: s.Engine, move: s.move, entry: s.entry, log: s.log, why: left}
+	u := &undecided{Engine: s.Engine, move: s.move, entry: &r.entry, log: s.log, step: r.step, told: left.event}
+	u.doubt(left)
 	u.run(s.ctx)
 }
 

@@ -291,7 +291,7 @@ func (e *Engine) take(uuid string, s Status) error {
 		return nil
 	}
 	if m := e.moves[other]; m != nil && m.Status().Phase.Final() {
-		return fmt.Errorf("%q can't be moved yet: the end of %s is not in the journal, free some space in the agent's state folder", s.VM, other)
+		return fmt.Errorf("%q can't be moved yet: %s is over, and not cleared here or not in the journal: try again; if it stays so free some space in the agent's state folder", s.VM, other)
 	}
 	return movedAlready(s.VM, other)
 }

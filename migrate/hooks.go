@@ -118,11 +118,6 @@ func (s *source) hookEnv() []string {
 	return hookEnv(s.entry.Move, s.dom.Name, s.dom.UUID, "source", s.Site, s.req.To, addrs, mapped)
 }
 
-func (in *incoming) hookEnv() []string {
-	addrs, mapped := in.Redirects.AddressesOf(in.ask.Move)
-	return hookEnv(in.ask.Move, in.ask.Name, in.ask.UUID, "destination", in.entry.Site, in.Site, addrs, mapped)
-}
-
 // Settled runs the hook of a redirect whose tunnel is gone.
 func (e *Engine) Settled(s netredirect.Status) {
 	from, to := s.Peer, e.Site

@@ -475,12 +475,7 @@ func (in *incoming) accept(ctx context.Context) {
 	faults.At("told")
 	in.virt.Close()
 	in.Redirects.Decide(in.ask.Move, true)
-	if in.ask.Persist && in.ask.Autostart {
-		if err := in.Host.SetAutostart(finishCtx, in.ask.UUID, true); err != nil {
-			in.log.Warn("autostart not set, set it by hand", "error", err)
-		}
-	}
-	in.runHook(in.log, AfterResume, in.hookEnv())
+	in.arrived(finishCtx, in.log, in.entry)
 }
 
 // recordAccepted makes the decision durable. A record whose write failed may be on

@@ -327,7 +327,11 @@ func (e *Engine) clear(ctx context.Context, entry handoff.Entry) error {
 	for i := range entry.Keep {
 		entry.Keep[i].Since = time.Now()
 	}
-	return errors.Join(e.keepCopies(entry.Keep), e.removeDisks(ctx, entry.Remove))
+	err := e.keepCopies(entry.Keep)
+	if err != nil {
+		err = fmt.Errorf("%w, and is not listed as a copy: %w", errLeft, err)
+	}
+	return errors.Join(err, e.removeDisks(ctx, entry.Remove))
 }
 
 func (e *Engine) clearDomain(ctx context.Context, entry handoff.Entry) error {
@@ -429,7 +433,7 @@ func (e *Engine) halt(ctx context.Context, entry handoff.Entry) error {
 	return nil
 }
 
-// errLeft is returned when all is done but to remove a disk.
+// errLeft is returned when all is done but for a disk.
 var errLeft = errors.New("a disk is left")
 
 // removeDisks removes disks that no domain uses any more.

@@ -11,8 +11,12 @@ import (
 	"github.com/wanmig/wanmig/tunnel"
 )
 
-// MostRetries bounds Request.Retries.
-const MostRetries = 100
+// DefaultRetries is what Request.Retries is where nobody says otherwise, MostRetries
+// its bound.
+const (
+	DefaultRetries = 3
+	MostRetries    = 100
+)
 
 const (
 	retryPause   = 2 * time.Second // before a destination is asked for again

@@ -110,7 +110,7 @@ func (e *Engine) giveBack(ctx context.Context, ask giveBack, peer tunnel.ID) (gi
 		return givenBack{}, errors.New("the peer is not a site here: wanmig site add names it")
 	}
 	e.Log.Info("the guest of a move is wanted back", "move", ask.Move, "vm", entry.VM, "site", site)
-	m, err := e.Start(e.ctx, Request{VM: entry.UUID, To: site, Storage: ask.Storage, Networks: ask.Networks, Retries: defaultRetries})
+	m, err := e.Start(e.ctx, Request{VM: entry.UUID, To: site, Storage: ask.Storage, Networks: ask.Networks, Retries: DefaultRetries})
 	if err != nil {
 		return givenBack{}, err
 	}
@@ -130,9 +130,6 @@ func (e *Engine) giveBack(ctx context.Context, ask giveBack, peer tunnel.ID) (gi
 		}
 	}
 }
-
-// defaultRetries is Request.Retries of a move that nobody has typed.
-const defaultRetries = 3
 
 // keptSince finds the disks that the guest of a move has left here, all of them
 // whole, and since when they stand.

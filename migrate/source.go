@@ -60,8 +60,8 @@ func (e *Engine) moveAway(ctx context.Context, m *Move, dom *hypervisor.Domain, 
 	m.phase(PhaseCheck)
 	s.log.Info("move begins", "uuid", dom.UUID, "attempt", m.attempt)
 	err := s.run(ctx)
-	if errors.Is(err, errUnfinished) {
-		s.goOn(err)
+	if left, ok := errors.AsType[unfinished](err); ok {
+		s.goOn(left)
 	}
 	s.end(err)
 	return s.next

@@ -22,6 +22,7 @@ type undecided struct {
 	log   *slog.Logger
 	// step carries an event out; the entry's state tells whether it was.
 	step func(ctx context.Context, ev handoff.Event, why error) error
+	told handoff.Event // how the move ends, which could not be carried out yet; 0: that is not known
 }
 
 // said is what the peer or an operator says of a move: Asked, Overruled, RunHere
@@ -73,6 +74,9 @@ func (u *undecided) run(ctx context.Context) {
 		case f := <-results:
 			trying = false
 			before := u.entry.State
+			if f.event != handoff.Resumed { // which is true until the guest ends
+				u.told = cmp.Or(f.event, u.told)
+			}
 			if f.err == nil {
 				f.err = u.carryOut(ctx, f.event, f.why)
 			}
@@ -80,7 +84,7 @@ func (u *undecided) run(ctx context.Context) {
 				pause = firstAgain
 			}
 			if f.err != nil {
-				u.log.Warn("the end of the move is not known, trying again", "state", u.entry.State, "error", f.err)
+				u.log.Warn("the move has not ended, trying again", "state", u.entry.State, "error", f.err)
 				if time.Since(begun) > doubtAfter && u.entry.State != handoff.Claimed {
 					u.doubt(f.err)
 				}
@@ -112,20 +116,20 @@ func (u *undecided) carryOut(ctx context.Context, ev handoff.Event, why error) e
 	case u.entry.State == handoff.Claimed:
 		u.release(u.entry.UUID, u.move)
 	case ev == handoff.Resumed && u.entry.State == handoff.Running:
-		u.arrived(ctx)
+		u.arrived(ctx, u.log, *u.entry)
 	}
 	return err
 }
 
 // arrived does what is left to do for a guest that runs here.
-func (u *undecided) arrived(ctx context.Context) {
-	if u.entry.Persistent && u.entry.Autostart {
-		if err := u.Host.SetAutostart(ctx, u.entry.UUID, true); err != nil {
-			u.log.Warn("autostart not set, set it by hand", "error", err)
+func (e *Engine) arrived(ctx context.Context, log *slog.Logger, entry handoff.Entry) {
+	if entry.Persistent && entry.Autostart {
+		if err := e.Host.SetAutostart(ctx, entry.UUID, true); err != nil {
+			log.Warn("autostart not set, set it by hand", "error", err)
 		}
 	}
-	addrs, mapped := u.Redirects.AddressesOf(u.entry.Move)
-	u.runHook(u.log, AfterResume, hookEnv(u.entry.Move, u.entry.VM, u.entry.UUID, "destination", u.entry.Site, u.Site, addrs, mapped))
+	addrs, mapped := e.Redirects.AddressesOf(entry.Move)
+	e.runHook(log, AfterResume, hookEnv(entry.Move, entry.VM, entry.UUID, "destination", entry.Site, e.Site, addrs, mapped))
 }
 
 // try finds out what ends the state. It only looks.
@@ -199,6 +203,9 @@ func (u *undecided) hear(ctx context.Context, ev handoff.Event) heard {
 		if _, _, err := handoff.Step(u.entry.State, ev); err != nil {
 			return heard{err: fmt.Errorf("%w in move %s for that word: it stands at %s here", ErrNotOpen, u.entry.Move, u.entry.State)}
 		}
+		if u.told == handoff.AnswerRunning {
+			return heard{err: fmt.Errorf("%w in move %s: the guest runs at %s, and is being cleared here", ErrNotOpen, u.entry.Move, u.entry.Site)}
+		}
 		if err := u.mayHear(ctx, *u.entry, ev); err != nil {
 			return heard{err: err}
 		}
@@ -229,7 +236,10 @@ func (u *undecided) doubt(err error) {
 			r = *s.Result
 		}
 		r.Result, r.TotalMS = "in-doubt", time.Since(s.Started).Milliseconds()
-		r.Error, r.Ways = fmt.Sprintf("%s: %v", awaits(entry), err), ways(entry)
+		r.Error, r.Ways = fmt.Sprintf("this agent goes on trying to end the move: %v", err), nil
+		if u.told == 0 {
+			r.Error, r.Ways = fmt.Sprintf("%s: %v", awaits(entry), err), ways(entry)
+		}
 		s.Result = &r
 	})
 }

@@ -81,15 +81,7 @@ split, detached or unknown; of a move that was tried again, the last one's.
 			}
 			req.VM = args[0]
 			result, err := move(cmd, client(), req, detach, asJSON)
-			if asJSON {
-				if err != nil && result.Error == "" {
-					result.Error = err.Error()
-				}
-				if err := json.NewEncoder(cmd.OutOrStdout()).Encode(result); err != nil {
-					return &exitError{exitFailed, err}
-				}
-			}
-			return err
+			return report(cmd, result, err, asJSON)
 		},
 	}
 	f := cmd.Flags()
@@ -110,7 +102,7 @@ split, detached or unknown; of a move that was tried again, the last one's.
 	f.Var((*downtimeGoal)(&req.Downtime), "downtime", "stop the VM when its downtime is predicted to be no longer (300ms if not said)")
 	f.Var(choice[migrate.OnStall]{&req.OnStall, migrate.OnStalls}, "on-stall", "what to do when the VM dirties memory faster than the link takes it; throttle if not said")
 	f.Var((*outage)(&req.MaxOutage), "max-outage", "how long the link may be gone before the move is rolled back (10m if not said)")
-	f.IntVar(&req.Retries, "retries", 3, "how often to try again by itself when something on the way died that can come back; the guest runs on")
+	f.IntVar(&req.Retries, "retries", migrate.DefaultRetries, "how often to try again by itself when something on the way died that can come back; the guest runs on")
 	connectionFlags(cmd, &req)
 	cmd.MarkFlagsMutuallyExclusive("detach", "dry-run")
 	return cmd
@@ -140,6 +132,21 @@ func move(cmd *cobra.Command, client *agent.Client, req migrate.Request, detach,
 	}
 
 	return watch(cmd, client, m, result, asJSON)
+}
+
+// report prints the result of a move as an object, if that is asked for, and returns
+// the command's error.
+func report(cmd *cobra.Command, result migrate.Result, err error, asJSON bool) error {
+	if !asJSON {
+		return err
+	}
+	if err != nil && result.Error == "" {
+		result.Error = err.Error()
+	}
+	if err := json.NewEncoder(cmd.OutOrStdout()).Encode(result); err != nil {
+		return &exitError{exitFailed, err}
+	}
+	return err
 }
 
 // watch follows a move and tells how it ended, all but its error.

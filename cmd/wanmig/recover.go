@@ -48,10 +48,11 @@ because its host or the agent went down meanwhile.`,
 			if err := client().RecoverMove(cmd.Context(), move, word); err != nil {
 				return err
 			}
-			if s, err = client().Move(cmd.Context(), move); err != nil {
-				return err
+			does := "runs here"
+			if abandonHere {
+				does = "is given up here"
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "Move %s of %s is %s here.\n", printable(move), name(s.VM), state(s))
+			fmt.Fprintf(cmd.OutOrStdout(), "%s %s; `wanmig status %s` shows what comes of the move.\n", name(s.VM), does, printable(move))
 			return nil
 		},
 	}

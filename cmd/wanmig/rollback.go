@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -39,15 +38,7 @@ twice: see to it that it stays off, or comes back without its network.
 				return startCopy(cmd, c, args[0], yes)
 			}
 			result, err := takeBack(cmd, c, args[0], detach, asJSON)
-			if asJSON {
-				if err != nil && result.Error == "" {
-					result.Error = err.Error()
-				}
-				if err := json.NewEncoder(cmd.OutOrStdout()).Encode(result); err != nil {
-					return &exitError{exitFailed, err}
-				}
-			}
-			return err
+			return report(cmd, result, err, asJSON)
 		},
 	}
 	f := cmd.Flags()

@@ -315,7 +315,8 @@ func prove(t *testing.T, tb *table, number int) {
 			}
 		}
 		for n, s := range at {
-			if !soaking && (n+i)%every != 0 && (len(at) > every || n > 0) {
+			lostOne := h.name == "source agent upgraded" && s.point == "stopped" // a guest, once
+			if !soaking && !lostOne && (n+i)%every != 0 && (len(at) > every || n > 0) {
 				continue
 			}
 			if p == nil {
