@@ -97,6 +97,8 @@ var harms = []harm{
 		}},
 	{name: "source libvirtd killed", do: killed(source, lab.Libvirtd)},
 	{name: "destination libvirtd killed", do: killed(destination, lab.Libvirtd), forgets: true},
+	{name: "source libvirtd away for longer than a move's end waits", do: killedFor(150*time.Second, source, lab.Libvirtd), soak: true,
+		at: func(s step) bool { return s.point == "resume" || s.point == "confirm" }},
 	{name: "source loses power", do: power(source), kills: source},
 	{name: "destination loses power", do: power(destination), kills: destination, forgets: true},
 	{name: "link cut for 1 s", passes: true, do: cutFrom(time.Second, source, destination)},
@@ -211,6 +213,11 @@ func upgraded(side string) func(*attempt) time.Time {
 // killed kills a daemon of a side, lets the agent at the step go on, and starts the
 // daemon again.
 func killed(side, daemon string) func(*attempt) time.Time {
+	return killedFor(100*time.Millisecond, side, daemon)
+}
+
+// killedFor kills a daemon, and starts it again when it has been away.
+func killedFor(away time.Duration, side, daemon string) func(*attempt) time.Time {
 	return func(a *attempt) time.Time {
 		a.t.Helper()
 		s := a.Sites[a.site(side)]
@@ -222,7 +229,7 @@ func killed(side, daemon string) func(*attempt) time.Time {
 			a.t.Fatal(err)
 		}
 		a.goOn()
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(away)
 		if err := start(a.t.Context()); err != nil {
 			a.t.Fatal(err)
 		}
