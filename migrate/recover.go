@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -30,8 +31,10 @@ func (e *Engine) Recover(ctx context.Context) error {
 	e.dropStraySockets(entries)
 	e.work.Go(func() { e.keepSwept(ctx) })
 	e.work.Go(func() { e.rates.run(ctx) })
-	for _, entry := range entries {
+	for i, entry := range entries {
 		switch {
+		case overtaken(entry, entries[i+1:]):
+			e.endOvertaken(entry)
 		case !entry.State.Final():
 			e.takeUp(ctx, entry)
 		case entry.State == handoff.Aborted && len(entry.Created) > 0 && entry.Seq > 0: // without, an older release has discarded it
@@ -39,6 +42,24 @@ func (e *Engine) Recover(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// overtaken reports whether a move that had not come to its offer has later ones of
+// the same guest: it was over when they began, and its end did not reach the disk.
+// What it would undo is theirs.
+func overtaken(entry handoff.Entry, later []handoff.Entry) bool {
+	return (entry.State == handoff.Owner || entry.State == handoff.Receiver) &&
+		slices.ContainsFunc(later, func(l handoff.Entry) bool { return l.UUID == entry.UUID })
+}
+
+// endOvertaken ends a move that was overtaken, in the journal only.
+func (e *Engine) endOvertaken(entry handoff.Entry) {
+	ended := map[handoff.State]handoff.State{handoff.Owner: handoff.Returned, handoff.Receiver: handoff.Aborted}
+	entry.State = ended[entry.State]
+	if err := e.Journal.Put(entry); err != nil {
+		e.Log.Warn("a move that is over is not ended in the journal, the next agent tries again", "move", entry.Move, "vm", entry.VM, "error", err)
+	}
+	e.remember(entry)
 }
 
 // takeUp goes on with a move where its agent left it.

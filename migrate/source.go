@@ -227,7 +227,11 @@ func (s *source) transfer(ctx context.Context) error {
 		s.entry.Keep = append(s.entry.Keep, handoff.Copy{Path: s.memoryPath(s.dom.UUID), VM: s.dom.Name, UUID: s.dom.UUID, Format: memoryFormat})
 	}
 	if err := s.record(&s.entry, handoff.Owner, s.move); err != nil {
-		return err
+		if _, unread := s.Journal.Get(st.Move); errors.Is(unread, handoff.ErrNoEntry) {
+			return err
+		}
+		s.entry.State = handoff.Owner // it may be on the disk all the same, and then it must be ended there
+		return s.step(handoff.Failed, err)
 	}
 	if s.req.KeepMemory {
 		var err error

@@ -9,10 +9,12 @@ import (
 	"net/http"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/wanmig/wanmig/agent"
+	"github.com/wanmig/wanmig/handoff"
 	"github.com/wanmig/wanmig/hypervisor"
 	"github.com/wanmig/wanmig/lab/guest/api"
 	"github.com/wanmig/wanmig/migrate"
@@ -230,6 +232,7 @@ func (a *attempt) alone(at string) {
 					left = append(left, name+" at "+site)
 				}
 			}
+			left = append(left, a.open(site)...)
 			sockets, _ := os.ReadDir(a.path(site, "/run/libvirt/wanmig"))
 			for _, s := range sockets {
 				left = append(left, s.Name()+" at "+site)
@@ -240,6 +243,35 @@ func (a *attempt) alone(at string) {
 		}
 	}
 	a.t.Fatalf("left: %s", strings.Join(left, "; "))
+}
+
+// open lists the moves that an agent which starts at a site would go on with: agents may
+// take for over what their journal does not.
+func (a *attempt) open(site string) (open []string) {
+	a.t.Helper()
+	b, err := os.ReadFile(a.path(site, "/var/lib/wanmig/journal.db"))
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	as := filepath.Join(a.t.TempDir(), "journal.db") // the agent has its own locked
+	if err := os.WriteFile(as, b, 0o600); err != nil {
+		a.t.Fatal(err)
+	}
+	j, err := handoff.OpenJournal(as)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	defer j.Close()
+	all, err := j.All()
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	for _, e := range all {
+		if !e.State.Final() {
+			open = append(open, fmt.Sprintf("move %s at %s, %s in the journal", e.Move, site, e.State))
+		}
+	}
+	return open
 }
 
 // decide is what an operator does about a move that is in doubt: the guest is the
