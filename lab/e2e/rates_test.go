@@ -11,11 +11,12 @@ import (
 )
 
 // TestRates moves two guests at once under the limit of a site, and then limits one
-// of them while it runs.
+// of them while it runs. Rates are those of a line that is slower than the machine,
+// whatever else it does.
 func TestRates(t *testing.T) {
 	t.Parallel()
 	const mbit = 1e6 / 8
-	w := newWorldWith(t, lab.Options{AgentConfig: map[string]string{lab.LocalDC: "rates: [{site: remote-dc, rate: 40mbit}]\n"}}, "400mbit", "20ms")
+	w := newWorldWith(t, lab.Options{AgentConfig: map[string]string{lab.LocalDC: "rates: [{site: remote-dc, rate: 20mbit}]\n"}}, "400mbit", "20ms")
 	var guests []*lab.VM
 	for _, name := range []string{"first", "second"} {
 		guests = append(guests, w.vm(lab.VMOptions{Name: name, Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "192MiB")}, WorkingSet: 16 << 20}))
@@ -44,15 +45,15 @@ func TestRates(t *testing.T) {
 		w.await(lab.LocalDC, m, "data on the link", sending)
 	}
 	got := during(first, second)
-	if sum := got[0] + got[1]; sum > 42 || sum < 28 || got[0] < 2.5*got[1] {
-		t.Errorf("under 40 Mbit/s moves of high and low priority sent %.1f and %.1f Mbit/s", got[0], got[1])
+	if sum := got[0] + got[1]; sum > 21 || sum < 14 || got[0] < 2.5*got[1] {
+		t.Errorf("under 20 Mbit/s moves of high and low priority sent %.1f and %.1f Mbit/s", got[0], got[1])
 	}
 	w.wanmig(lab.LocalDC, "cancel", second)
-	w.wanmig(lab.LocalDC, "limit", "first", "10mbit")
-	if got := during(first); got[0] > 10.5 || got[0] < 6 {
-		t.Errorf("at most 10 Mbit/s were allowed, %.1f were sent", got[0])
+	w.wanmig(lab.LocalDC, "limit", "first", "5mbit")
+	if got := during(first); got[0] > 5.25 || got[0] < 3 {
+		t.Errorf("at most 5 Mbit/s were allowed, %.1f were sent", got[0])
 	}
-	if l := w.status(lab.LocalDC, first).Link; l.Limit.String() != "10mbit" || l.Allowed != 10*mbit || len(l.Carriers) == 0 {
+	if l := w.status(lab.LocalDC, first).Link; l.Limit.String() != "5mbit" || l.Allowed != 5*mbit || len(l.Carriers) == 0 {
 		t.Errorf("the status of the link is %+v", l)
 	}
 	w.wanmig(lab.LocalDC, "limit", first, "none")
