@@ -71,7 +71,7 @@ func FuzzParseSettings(f *testing.F) {
 // testGuest serves on loopback, without disks, and returns the addresses of HTTP and echo.
 func testGuest(t *testing.T) (g *guest, web, echoAddr string) {
 	t.Helper()
-	l := &load{memory: testMemory(t, 64)}
+	l := newLoad(testMemory(t, 64), nil)
 	l.set(api.Load{WorkingSet: 16 * api.PageSize})
 	g = &guest{name: "test", seed: 7, load: l, pauses: &pauses{}, echo: &echo{}, off: func() {}}
 	var listeners [2]net.Listener

@@ -90,7 +90,7 @@ func newGuest(s settings) (*guest, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &load{memory: m}
+	l := newLoad(m, nil)
 	for i, name := range findDisks(s.disks) {
 		open := mountDisk
 		if name == s.root {

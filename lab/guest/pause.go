@@ -26,8 +26,8 @@ func monotonic() time.Duration {
 	return time.Duration(ts.Nano())
 }
 
-// tickEvery is short beside the pauses that matter. Each tick costs an emulated CPU most of a millisecond.
-const tickEvery = 20 * time.Millisecond
+// tickEvery is no finer: downtime is measured from outside. Each tick costs an emulated CPU most of a millisecond.
+const tickEvery = 100 * time.Millisecond
 
 // tick records gaps between the ticks of a ticker, for ever.
 func (p *pauses) tick() {

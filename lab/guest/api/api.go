@@ -88,7 +88,7 @@ type DiskReport struct {
 	FirstErrors    []string `json:"first_errors,omitempty"`
 }
 
-// PauseReport tells when the guest did not run. LongestMS is the longest gap between two ticks of a 20 ms ticker by the
+// PauseReport tells when the guest did not run. LongestMS is the longest gap between two ticks of a 100 ms ticker by the
 // guest's monotonic clock, which stands still while the VM is stopped. LongestStopMS is the longest such stop: what the
 // real-time clock, which keeps counting, has gained on the monotonic clock from one second to the next; its error is a few
 // milliseconds, and stops below 5 ms are not counted. Stops are measured from StopsSinceMS, a few seconds after boot, on; it
