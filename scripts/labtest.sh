@@ -14,7 +14,7 @@ bin/wanlab image # once, before tests wait for it
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 status=0
-# Packages with labs want the machine for themselves, one at a time; the other parts mostly wait.
+# Moves want the machine for themselves; the other parts mostly wait.
 tests() { # JOBS PACKAGES...
 	jobs=$1
 	shift
@@ -22,8 +22,8 @@ tests() { # JOBS PACKAGES...
 }
 go test -tags faults -count=1 -v ./faults >>"$log" 2>&1 || status=$?
 # shellcheck disable=SC2046
-tests 4 $(go list ./... | grep -vE '/lab(/e2e)?$')
-tests 1 ./lab ./lab/e2e
+tests 4 ./lab $(go list ./... | grep -vE '/lab(/e2e)?$') # the longest first
+tests 1 ./lab/e2e
 grep -E '^(=== RUN|\? )|no tests to run' -v "$log" || true
 if grep -q -- '--- SKIP' "$log"; then
 	echo "make lab: a test was skipped: that counts as failed" >&2
