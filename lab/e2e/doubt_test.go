@@ -19,7 +19,7 @@ func TestDoubt(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "100mbit", "20ms")
 	const name = "asked after"
-	v := w.vm(lab.VMOptions{Name: name, Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "32MiB,format=qcow2")}})
+	v := w.vm(lab.VMOptions{Name: name, Memory: 128 << 20, WorkingSet: 16 << 20, Disks: []lab.DiskOptions{disk(t, "32MiB,format=qcow2")}})
 	w.virsh(lab.LocalDC, "autostart", name)
 
 	// A host that starts anew has the guest again that it would have started.

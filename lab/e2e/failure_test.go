@@ -34,7 +34,7 @@ func TestFailuresLeaveTheGuest(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "40mbit", "20ms")
 	const name = "survivor"
-	v := w.vm(lab.VMOptions{Name: name, Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "128MiB,format=qcow2")},
+	v := w.vm(lab.VMOptions{Name: name, Memory: 128 << 20, Disks: []lab.DiskOptions{disk(t, "128MiB,format=qcow2")},
 		Dirty: 2 << 20, Write: 512 << 10, WorkingSet: 16 << 20})
 
 	cancel := func(w *world, move string) { w.wanmig(lab.LocalDC, "cancel", move) }
@@ -158,7 +158,7 @@ func (w *world) fullDisk(v *lab.VM) {
 // moves, says what is wrong and what exists, and leaves the guest running.
 func TestRefusals(t *testing.T) {
 	w := newWorld(t, "400mbit", "20ms")
-	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "32MiB")}})
+	v := w.vm(lab.VMOptions{Name: "web", Memory: 128 << 20, WorkingSet: 16 << 20, Disks: []lab.DiskOptions{disk(t, "32MiB")}})
 	if out, err := exec.Command("cp", w.path(lab.LocalDC, v.Disks[0]), w.path(lab.RemoteDC, "/var/lib/libvirt/images/taken")).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -241,7 +241,7 @@ func TestRetries(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "40mbit", "20ms")
 	const name = "stubborn"
-	v := w.vm(lab.VMOptions{Name: name, Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB,format=qcow2")}, Write: 256 << 10})
+	v := w.vm(lab.VMOptions{Name: name, Memory: 128 << 20, WorkingSet: 16 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB,format=qcow2")}, Write: 256 << 10})
 	first := w.begin(name, "--retries", "3")
 	w.await(lab.LocalDC, first, "memory", inMemory)
 	if err := syscall.Kill(w.qemu(lab.RemoteDC, name), syscall.SIGKILL); err != nil {

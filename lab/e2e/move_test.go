@@ -102,7 +102,7 @@ func TestMoveOfABlockDevice(t *testing.T) {
 	w := newWorld(t, "400mbit", "20ms")
 	const size = 128 << 20
 	from, to := loop(t, size), loop(t, size)
-	v := w.vm(lab.VMOptions{Name: "block", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, from)}, Dirty: 4 << 20, Write: 1 << 20})
+	v := w.vm(lab.VMOptions{Name: "block", Memory: 128 << 20, WorkingSet: 16 << 20, Disks: []lab.DiskOptions{disk(t, from)}, Dirty: 4 << 20, Write: 1 << 20})
 	w.move(lab.LocalDC, "block", lab.RemoteDC, "--paused", "--storage", from+"="+to)
 	w.same("raw", from, to)
 	if _, complaint, status := w.run(lab.RemoteDC, "virsh", "resume", "block"); status != 0 {
@@ -141,7 +141,7 @@ func loop(t *testing.T, size int64) string {
 func TestRoundTrip(t *testing.T) {
 	t.Parallel() // beside the redirects, which mostly wait
 	w := newWorld(t, "400mbit", "20ms")
-	v := w.vm(lab.VMOptions{Name: "traveller", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "128MiB")},
+	v := w.vm(lab.VMOptions{Name: "traveller", Memory: 128 << 20, Disks: []lab.DiskOptions{disk(t, "128MiB")},
 		Dirty: 4 << 20, Write: 1 << 20, WorkingSet: 32 << 20})
 	sites := [2]string{lab.LocalDC, lab.RemoteDC}
 	var downtimes []int64

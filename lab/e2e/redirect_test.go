@@ -304,7 +304,7 @@ func TestConnectionsOutliveTheOldAddress(t *testing.T) {
 	t.Parallel()
 	w := newWorldWith(t, lab.Options{Services: true}, "100mbit", "50ms")
 	before := map[string]string{lab.LocalDC: w.dump(lab.LocalDC), lab.RemoteDC: w.dump(lab.RemoteDC)}
-	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, SecondNIC: true, Disks: []lab.DiskOptions{disk(t, "256MiB")}})
+	v := w.vm(lab.VMOptions{Name: "web", Memory: 128 << 20, WorkingSet: 16 << 20, SecondNIC: true, Disks: []lab.DiskOptions{disk(t, "256MiB")}})
 	f := w.startFlows(v, false)
 	args := append(named(v), "--addresses", "new", "--lower-ttl", "--redirect", "quic")
 	w.move(lab.LocalDC, "web", lab.RemoteDC, args...)
@@ -365,7 +365,7 @@ func TestRedirectOutlivesItsAgents(t *testing.T) {
 	t.Parallel()
 	w := newWorldWith(t, lab.Options{Services: true}, "200mbit", "20ms")
 	before := map[string]string{lab.LocalDC: w.dump(lab.LocalDC), lab.RemoteDC: w.dump(lab.RemoteDC)}
-	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "256MiB")}})
+	v := w.vm(lab.VMOptions{Name: "web", Memory: 128 << 20, WorkingSet: 16 << 20, Disks: []lab.DiskOptions{disk(t, "256MiB")}})
 	restart := func(site string) {
 		t.Helper()
 		if err := w.Sites[site].KillAgent(t.Context()); err != nil {
@@ -432,7 +432,7 @@ func TestRedirectTellsWhatIsMissing(t *testing.T) {
 				t.Fatal(err)
 			}
 			name := fmt.Sprint("web", i)
-			v := w.vm(lab.VMOptions{Name: name, Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB")}})
+			v := w.vm(lab.VMOptions{Name: name, Memory: 128 << 20, WorkingSet: 16 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB")}})
 			f := w.startFlows(v, false)
 			w.move(lab.LocalDC, name, lab.RemoteDC, append(named(v), c.move...)...)
 			w.awaitRedirect(lab.RemoteDC, "its problem is told", func(all []netredirect.Status) bool {
@@ -468,7 +468,7 @@ func TestConnectionsFollowToAThirdSite(t *testing.T) {
 	for _, site := range sites {
 		before[site] = w.dump(site)
 	}
-	v := w.vm(lab.VMOptions{Name: "web", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB")}})
+	v := w.vm(lab.VMOptions{Name: "web", Memory: 128 << 20, WorkingSet: 16 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB")}})
 	f := w.startFlows(v, false)
 	w.move(lab.LocalDC, "web", lab.RemoteDC, named(v)...)
 	w.move(lab.RemoteDC, "web", lab.ThirdDC)
@@ -525,7 +525,7 @@ func TestHooks(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	v := w.vm(lab.VMOptions{Name: "a guest", Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB")}})
+	v := w.vm(lab.VMOptions{Name: "a guest", Memory: 128 << 20, WorkingSet: 16 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB")}})
 	refuse := w.path(lab.LocalDC, "/etc/wanmig/refuse")
 	if err := os.WriteFile(refuse, nil, 0o644); err != nil {
 		t.Fatal(err)

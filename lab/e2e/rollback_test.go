@@ -20,7 +20,7 @@ func TestRollback(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "100mbit", "20ms")
 	const name = "home sick"
-	v := w.vm(lab.VMOptions{Name: name, Memory: 192 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB,format=qcow2")}, Write: 256 << 10})
+	v := w.vm(lab.VMOptions{Name: name, Memory: 128 << 20, WorkingSet: 16 << 20, Disks: []lab.DiskOptions{disk(t, "64MiB,format=qcow2")}, Write: 256 << 10})
 	if err := os.Mkdir(w.path(lab.RemoteDC, "/var/lib/libvirt/moved"), 0o755); err != nil {
 		t.Fatal(err)
 	}

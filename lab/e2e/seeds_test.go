@@ -20,7 +20,8 @@ import (
 const seedDir = "/var/lib/libvirt/golden"
 
 // TestSeeds moves guests whose disk content stands in an image at the
-// destination, which stays, or is overwritten or deleted while it is of use.
+// destination, which stays, or (in a soak) is overwritten or deleted while it is of
+// use.
 func TestSeeds(t *testing.T) {
 	t.Parallel() // beside the redirects, which mostly wait
 	w := newWorldWith(t, lab.Options{AgentConfig: map[string]string{lab.RemoteDC: "seeds: [" + seedDir + "]"}}, "40mbit", "20ms")
@@ -34,7 +35,7 @@ func TestSeeds(t *testing.T) {
 		{"deleted in the middle", []string{"-c", "-O", "qcow2", "-o", "compression_type=zstd"}, os.Remove},
 	}
 	if !soaking {
-		cases = cases[:2]
+		cases = cases[:1]
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
