@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/wanmig/wanmig/handoff"
@@ -393,9 +394,17 @@ func (e *Engine) fence(ctx context.Context, entry handoff.Entry) error {
 
 // eraseDefinition removes what libvirt has written of a domain that was fenced. It
 // writes the definition once more when the disks' mirrors end (qemuDomainSaveConfig,
-// from the end of a block job), and its next start would find the guest here.
+// from the end of a block job), and its next start would find the guest here. A guest
+// that has been given the name since has its own definition in that place.
 func (e *Engine) eraseDefinition(ctx context.Context, entry handoff.Entry) error {
 	if !entry.Persistent || entry.XML == "" {
+		return nil
+	}
+	all, err := e.Host.Domains(ctx)
+	if err != nil {
+		return err
+	}
+	if slices.ContainsFunc(all, func(s hypervisor.Summary) bool { return s.Name == entry.VM && s.UUID != entry.UUID }) {
 		return nil
 	}
 	if err := e.Host.Define(ctx, entry.XML); err != nil {

@@ -99,6 +99,7 @@ var harms = []harm{
 	{name: "destination libvirtd killed", do: killed(destination, lab.Libvirtd), forgets: true},
 	{name: "source libvirtd away for longer than a move's end waits", do: killedFor(150*time.Second, source, lab.Libvirtd), soak: true,
 		at: func(s step) bool { return s.point == "resume" || s.point == "confirm" }},
+	{name: "another guest takes the name at the source", do: replaced, at: func(s step) bool { return s.point == "confirm" }},
 	{name: "source loses power", do: power(source), kills: source},
 	{name: "destination loses power", do: power(destination), kills: destination, forgets: true},
 	{name: "link cut for 1 s", passes: true, do: cutFrom(time.Second, source, destination)},
@@ -235,6 +236,36 @@ func killedFor(away time.Duration, side, daemon string) func(*attempt) time.Time
 		}
 		return time.Now()
 	}
+}
+
+// replaced has an operator remove the guest that stands at the source, while no agent runs
+// there, and define another of its name.
+func replaced(a *attempt) time.Time {
+	a.t.Helper()
+	s := a.Sites[a.from]
+	if err := s.KillAgent(a.t.Context()); err != nil {
+		a.t.Fatal(err)
+	}
+	other := fmt.Sprintf("<domain type='qemu'><name>%s</name><memory unit='MiB'>16</memory><os><type>hvm</type></os></domain>", a.v.Name)
+	xml := a.path(a.from, "/var/lib/wanmig/another.xml")
+	if err := os.WriteFile(xml, []byte(other), 0o600); err != nil {
+		a.t.Fatal(err)
+	}
+	defer os.Remove(xml)
+	for _, do := range [][]string{{"destroy", a.v.Name}, {"define", "/var/lib/wanmig/another.xml"}} {
+		if _, complaint, status := a.run(a.from, "virsh", do...); status != 0 {
+			a.t.Fatalf("virsh %s: %s", do[0], complaint)
+		}
+	}
+	a.t.Cleanup(func() {
+		if _, complaint, status := a.run(a.from, "virsh", "undefine", a.v.Name); status != 0 {
+			a.t.Errorf("the other guest is not there any more: %s", complaint)
+		}
+	})
+	if err := s.StartAgent(a.t.Context()); err != nil {
+		a.t.Fatal(err)
+	}
+	return time.Now()
 }
 
 func qemuKilled(side string) func(*attempt) time.Time {
