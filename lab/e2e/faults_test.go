@@ -276,6 +276,7 @@ func replaced(a *attempt) time.Time {
 		if _, complaint, status := a.run(a.from, "virsh", "undefine", a.v.Name); status != 0 {
 			a.t.Errorf("the other guest is not there any more: %s", complaint)
 		}
+		a.run(a.from, "sync", "-f", "/etc/libvirt/qemu") // the host may lose power in the next test
 	})
 	if err := s.StartAgent(a.t.Context()); err != nil {
 		a.t.Fatal(err)
