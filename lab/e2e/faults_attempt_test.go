@@ -27,6 +27,7 @@ type attempt struct {
 	harm     harm
 	from, to string
 	move     string
+	further  int // moves that were made besides
 	before   *api.Report
 	goOn     func() // lets the agent go on that stands at the step, if it is still there
 }

@@ -195,6 +195,7 @@ func moveAgain(a *attempt) time.Time {
 		a.t.Logf("the move back ends %s: %s", s.Phase, s.Result.Error)
 		if s.Phase == migrate.PhaseDone {
 			a.world.move(a.from, a.v.Name, a.to, "--redirect", "none")
+			a.further = 2
 		}
 	}
 	return time.Now()
