@@ -11,5 +11,6 @@ const (
 	briefCut = 12 * time.Second
 )
 
-// everyPart says whether the link is cut in each part of a move, or in two of them.
+// everyPart says whether the link is cut in each part of a move, or in one of them:
+// TestFaults cuts it in the others, for a second.
 const everyPart = soaking
